@@ -1,0 +1,1 @@
+"""Everything about text: a made-up language, GLUE, tokenizers, downloads."""

@@ -1,0 +1,282 @@
+"""A post-layer-norm transformer encoder: RoBERTa and BERT to the last detail, from Hugging Face's files.
+
+    model = Transformer.from_pretrained("data/models/roberta-base", n_out=2)
+    logits = model(input_ids, token_type_ids, attention_mask)                       # (batch, n_out)
+
+BERT: Devlin et al. 2019, arXiv:1810.04805. RoBERTa: Liu et al. 2019, arXiv:1907.11692. The two differ in where positions
+start and in the classification head's history; every other number is in config.json.
+"""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class Config:
+    """Sizes and settings, under the names of Hugging Face's config.json; the defaults are BERT-base's."""
+
+    model_type: str = "bert"                     # "bert" or "roberta"
+    vocab_size: int = 30522
+    hidden_size: int = 768                       # d
+    num_hidden_layers: int = 12                  # L
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    max_position_embeddings: int = 512           # RoBERTa's counts the pad_token_id + 1 that no token uses
+    type_vocab_size: int = 2
+    pad_token_id: int = 0
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    initializer_range: float = 0.02
+    hidden_act: str = "gelu"
+    position_embedding_type: str = "absolute"
+    n_out: int = 2                               # classes, or 1 for regression
+
+    def __post_init__(self):
+        for name, known in [("model_type", ("bert", "roberta")), ("hidden_act", ("gelu",)),
+                            ("position_embedding_type", ("absolute",))]:
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: this encoder has {' and '.join(known)}")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_attention_heads {self.num_attention_heads}")
+
+    @property
+    def max_len(self):
+        """The longest sequence that has positions, in tokens."""
+        return self.max_position_embeddings - (self.pad_token_id + 1 if self.model_type == "roberta" else 0)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d = config.hidden_size
+        self.n_heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.query, self.key, self.value, self.out = (nn.Linear(d, d) for _ in range(4))
+
+    def forward(self, x, mask):                                       # x (B, T, d), mask (B, 1, 1, T) or None
+        B, T, d = x.shape
+        q, k, v = (f(x).view(B, T, self.n_heads, -1).transpose(1, 2) for f in (self.query, self.key, self.value))
+        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)   # (B, nh, T, hs)
+        return self.out(y.transpose(1, 2).reshape(B, T, d))
+
+
+class Layer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d, eps = config.hidden_size, config.layer_norm_eps
+        self.attention = Attention(config)
+        self.norm1 = nn.LayerNorm(d, eps)
+        self.fc1, self.fc2 = nn.Linear(d, config.intermediate_size), nn.Linear(config.intermediate_size, d)
+        self.norm2 = nn.LayerNorm(d, eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, x, mask):
+        x = self.norm1(x + self.dropout(self.attention(x, mask)))     # the norm comes after the sum: post-layer-norm
+        return self.norm2(x + self.dropout(self.fc2(F.gelu(self.fc1(x)))))
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        d = config.hidden_size
+        self.config = config
+        self.word = nn.Embedding(config.vocab_size, d)
+        self.position = nn.Embedding(config.max_position_embeddings, d)
+        self.token_type = nn.Embedding(config.type_vocab_size, d)
+        self.norm = nn.LayerNorm(d, config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, input_ids, token_type_ids):                     # both (B, T)
+        if self.config.model_type == "roberta":                       # counts the tokens that are no padding, from pad + 1
+            pad = self.config.pad_token_id
+            real = (input_ids != pad).long()
+            positions = real.cumsum(1) * real + pad
+        else:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        if token_type_ids is None:
+            token_type_ids = torch.zeros_like(input_ids)
+        return self.dropout(self.norm(self.word(input_ids) + self.token_type(token_type_ids) + self.position(positions)))
+
+
+class Head(nn.Module):
+    """Dense, tanh, projection on the first token: RoBERTa's classification head, and BERT's pooler and classifier."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out = nn.Linear(config.hidden_size, config.n_out)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout_first = config.model_type == "roberta"           # RoBERTa drops the dense layer's input too
+
+    def forward(self, x):                                             # (B, T, d) -> (B, n_out)
+        x = x[:, 0]
+        if self.dropout_first:
+            x = self.dropout(x)
+        return self.out(self.dropout(torch.tanh(self.dense(x))))
+
+
+class Transformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.head = Head(config)
+        self.apply(self._init)
+
+    def _init(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def encode(self, input_ids, token_type_ids=None, attention_mask=None):
+        """Last hidden states (B, T, d) of token ids (B, T). attention_mask (B, T) is 1 for tokens, 0 for padding;
+        without it every position is attended to, padding too."""
+        if input_ids.shape[1] > self.config.max_len:
+            raise ValueError(f"{input_ids.shape[1]} tokens are more than the {self.config.max_len} positions of the model")
+        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        x = self.embeddings(input_ids, token_type_ids)
+        for layer in self.layers:
+            x = layer(x, mask)
+        return x
+
+    def forward(self, input_ids, token_type_ids=None, attention_mask=None):
+        """Logits (B, n_out); the arguments are encode's."""
+        return self.head(self.encode(input_ids, token_type_ids, attention_mask))
+
+    @classmethod
+    def from_pretrained(cls, path, n_out=2):
+        """Read a folder in Hugging Face's layout: config.json, and model.safetensors or pytorch_model.bin.
+
+        Weights are found with and without the "bert." or "roberta." prefix, and kept in float32. A head that is absent
+        or has another number of outputs than n_out is drawn anew; other keys (the MLM head) are passed over.
+        Raises FileNotFoundError or ValueError naming the file and what is missing or does not fit in it.
+        """
+        path = Path(path)
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(f"no config.json in {path}: it should be a folder with a RoBERTa or BERT model")
+        config = read_config(path / "config.json", n_out)
+        file = weights_file(path)
+        theirs = read_safetensors(file) if file.suffix == ".safetensors" else read_bin(file)
+        model = cls(config)
+        prefixed = config.model_type + "."
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                key = hf_name(name, config.model_type)
+                # the first releases of BERT call a layer norm's weight and bias gamma and beta
+                old = key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")
+                found = next((theirs[k] for k in (prefixed + key, key, prefixed + old, old) if k in theirs), None)
+                if name.startswith("head.") and (found is None or found.shape != parameter.shape):
+                    continue
+                if found is None:
+                    raise ValueError(f"{file} has no weight {key}, with or without the prefix {prefixed!r}")
+                if found.shape != parameter.shape:
+                    raise ValueError(f"{file}: {key} has shape {tuple(found.shape)}, config.json says {tuple(parameter.shape)}")
+                parameter.copy_(found)
+        return model
+
+    def save_pretrained(self, path):
+        """Write what from_pretrained reads, in float32: transformers reads it too."""
+        path = Path(path)
+        settings = {k: v for k, v in dataclasses.asdict(self.config).items() if k != "n_out"}
+        path.joinpath("config.json").write_text(json.dumps(settings | {"num_labels": self.config.n_out}, indent=2) + "\n")
+        prefix = lambda key: key if key.startswith("classifier") else f"{self.config.model_type}.{key}"
+        write_safetensors(path / "model.safetensors", {prefix(hf_name(name, self.config.model_type)): parameter.detach().cpu()
+                                                       for name, parameter in self.named_parameters()})
+
+
+# Hugging Face's files ------------------------------------------------------------------------------------------------
+
+def hf_name(name, model_type):
+    """Hugging Face's name, without prefix, of our parameter: layers.0.norm1.bias -> encoder.layer.0.attention.output.LayerNorm.bias"""
+    head = {"bert": {"head.dense": "pooler.dense", "head.out": "classifier"},
+            "roberta": {"head.dense": "classifier.dense", "head.out": "classifier.out_proj"}}[model_type]
+    for ours, theirs in {"embeddings.norm": "embeddings.LayerNorm", "embeddings.word": "embeddings.word_embeddings",
+                         "embeddings.position": "embeddings.position_embeddings",
+                         "embeddings.token_type": "embeddings.token_type_embeddings", "layers.": "encoder.layer.",
+                         "attention.out.": "attention.output.dense.", "norm1": "attention.output.LayerNorm",
+                         "fc1": "intermediate.dense", "fc2": "output.dense", "norm2": "output.LayerNorm",
+                         **{f"attention.{part}": f"attention.self.{part}" for part in ("query", "key", "value")}, **head}.items():
+        name = name.replace(ours, theirs)
+    return name
+
+
+def read_config(file, n_out):
+    try:
+        theirs = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if theirs.get("model_type") not in ("bert", "roberta"):
+        raise ValueError(f"{file}: model_type is {theirs.get('model_type')!r}, not bert or roberta")
+    defaults = {"pad_token_id": 1} if theirs["model_type"] == "roberta" else {}
+    known = {field.name for field in dataclasses.fields(Config)} - {"n_out"}
+    try:
+        return Config(n_out=n_out, **defaults | {k: v for k, v in theirs.items() if k in known and v is not None})
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def weights_file(path):
+    """The file in the folder `path` that holds the weights."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (Path(path) / name).is_file():
+            return Path(path) / name
+    raise FileNotFoundError(f"neither model.safetensors nor pytorch_model.bin in {path}")
+
+
+def read_bin(file):
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:                                        # torch.load raises half a dozen kinds
+        raise ValueError(f"{file} is not a PyTorch file of plain tensors: {str(error).splitlines()[0]}") from None
+
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+          "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
+
+
+def read_safetensors(file):
+    """{name: tensor} of a .safetensors file: 8 bytes with the header's length, a JSON header with each tensor's dtype,
+    shape and place in bytes, then the numbers. Raises ValueError where these contradict each other or the file's size."""
+    raw = np.memmap(file, mode="r") if Path(file).stat().st_size else np.zeros(0, np.uint8)
+    length = int.from_bytes(raw[:8].tobytes(), "little")
+    if len(raw) < 8 or 8 + length > len(raw):
+        raise ValueError(f"{file} is cut short or no safetensors file: {len(raw)} bytes cannot hold its header")
+    body, tensors = raw[8 + length:], {}
+    try:
+        header = json.loads(raw[8:8 + length].tobytes())
+        entries = [(name, entry["dtype"], entry["shape"], *entry["data_offsets"])
+                   for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file}: its header is damaged ({error!r})") from None
+    for name, dtype, shape, begin, end in entries:
+        if dtype not in DTYPES:
+            raise ValueError(f"{file}: {name} is of type {dtype}, which is none of {', '.join(DTYPES)}")
+        if not 0 <= begin <= end <= len(body) or end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+            raise ValueError(f"{file} is cut short or damaged: {name}, {dtype} of shape {shape}, "
+                             f"is said to be bytes {begin} to {end} of {len(body)}")
+        tensors[name] = torch.from_numpy(np.array(body[begin:end])).view(DTYPES[dtype]).view(shape)
+    return tensors
+
+
+def write_safetensors(file, tensors):
+    """Write {name: float32 tensor}, on the CPU, as read_safetensors reads it."""
+    header, end = {}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * 4
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)                                   # the numbers start at a multiple of 8
+    with open(file, "wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            out.write(tensor.contiguous().numpy().astype("<f4").tobytes())
