@@ -1,0 +1,198 @@
+"""Claims about the method, each against the paper's formulas or a reckoning by hand."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+
+from condlora import CondLoRALinear, LoRALinear, adapt, adapter_parameters, merge, to_lora, unmerge
+from model import Config, Transformer
+
+
+def encoder(layers=3, d=16):
+    torch.manual_seed(0)
+    config = Config(vocab_size=40, hidden_size=d, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=2 * d,
+                    max_position_embeddings=12, initializer_range=0.3)
+    return Transformer(config).eval()
+
+
+def trained(model):
+    """As after training: every adapter parameter away from where it started."""
+    with torch.no_grad():
+        for parameter in adapter_parameters(model):
+            parameter.normal_(std=0.3)
+    return model
+
+
+IDS = torch.tensor([[2, 5, 9, 11, 3], [2, 30, 31, 3, 0]])
+
+
+@pytest.mark.parametrize("d, layers, lora, condlora", [(768, 12, 294_912, 24_576), (384, 6, 73_728, 12_288)])
+def test_condlora_has_one_lth_of_loras_parameters(d, layers, lora, condlora):
+    """RoBERTa-base and all-MiniLM-L6-v2, query and value, rank 8."""
+    for method, expected in (("lora", lora), ("condlora", condlora)):
+        with torch.device("meta"):
+            model = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(d, d), "value": nn.Linear(d, d)}) for _ in range(layers))
+            adapt(model, method, rank=8)
+        assert sum(p.numel() for p in adapter_parameters(model)) == expected
+
+
+def test_condloras_factors_of_a_square_weight_by_hand():
+    model = adapt(nn.ModuleDict({"query": nn.Linear(2, 2)}), targets="query", rank=1, alpha=3)
+    layer = model["query"]
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 2], [3, 4]]))
+        conversion = model.condlora["query_2x2"]
+        conversion.theta_A.copy_(torch.tensor([[1.0, -1]]))
+        conversion.theta_B.copy_(torch.tensor([[2.0, 1]]))
+    A, B = layer.factors()
+    assert A.tolist() == [[-1, -1]]                       # rows of W0 times (1, -1): 1 - 2, 3 - 4
+    assert B.tolist() == [[4], [10]]                      # rows of W0 times (2, 1): 2 + 2, 6 + 4
+    assert layer.delta().tolist() == [[-12, -12], [-30, -30]]       # 3 / 1 * B A
+
+
+def test_condloras_factors_of_a_2x3_weight_by_hand():
+    model = adapt(nn.ModuleDict({"fc": nn.Linear(3, 2)}), targets="fc", rank=1, alpha=1)
+    layer = model["fc"]
+    with torch.no_grad():
+        layer.weight.copy_(torch.tensor([[1.0, 2, 3], [4, 5, 6]]))
+        conversion = model.condlora["fc_2x3"]
+        conversion.theta_A.copy_(torch.tensor([[1.0, 10]]))          # reads the columns of W0
+        conversion.theta_B.copy_(torch.tensor([[1.0, 0, 2]]))        # reads its rows
+    A, B = layer.factors()
+    assert A.tolist() == [[41, 52, 63]]                   # 1 + 40, 2 + 50, 3 + 60
+    assert B.tolist() == [[7], [16]]                      # 1 + 6, 4 + 12
+    x = torch.tensor([[1.0, 0, 1]])
+    assert torch.allclose(layer(x) - nn.functional.linear(x, layer.weight, layer.bias), torch.tensor([[728.0, 1664]]))  # (41 + 63) B
+
+
+@pytest.mark.parametrize("method", ["lora", "condlora"])
+def test_the_update_is_zero_at_the_start_and_the_output_unchanged(method):
+    model = encoder()
+    before = model(IDS)
+    adapt(model, method)
+    assert torch.equal(model(IDS), before)
+    assert all(torch.equal(m.delta(), torch.zeros(16, 16)) for m in model.modules() if isinstance(m, LoRALinear))
+    A = next(m for m in model.modules() if isinstance(m, LoRALinear)).parameters_of_adapter()[0]
+    assert 0 < A.abs().max() <= 16 ** -0.5                # Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(fan_in)
+
+
+@pytest.mark.parametrize("method", ["lora", "condlora"])
+def test_gradients_reach_the_adapter_and_the_head_and_nothing_else(method):
+    model = trained(adapt(encoder(), method))
+    model.head.requires_grad_(True)
+    model(IDS).sum().backward()
+    reached = {id(p) for p in model.parameters() if p.grad is not None}
+    assert reached == {id(p) for p in [*adapter_parameters(model), *model.head.parameters()]}
+
+
+def test_condloras_gradient_is_that_of_the_written_out_formula():
+    model = trained(adapt(encoder(layers=2)))
+    plain = encoder(layers=2)
+    model(IDS).square().sum().backward()
+    theta = {name: p.detach().clone().requires_grad_() for name, p in model.condlora.named_parameters()}
+    weights = {}
+    for i in range(2):
+        for target in ("query", "value"):
+            name = f"layers.{i}.attention.{target}.weight"
+            W0 = plain.state_dict()[name]
+            A, B = (W0 @ theta[f"{target}_16x16.theta_A"].T).T, W0 @ theta[f"{target}_16x16.theta_B"].T
+            weights[name] = W0 + B @ A
+    torch.func.functional_call(plain, weights, (IDS,)).square().sum().backward()
+    for name, p in model.condlora.named_parameters():
+        assert torch.allclose(p.grad, theta[name].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_state_dict_holds_each_theta_once():
+    model = adapt(encoder(layers=3), targets=("query", "value", "fc1"))
+    names = [name for name in model.state_dict() if "theta" in name]
+    assert sorted(names) == [f"condlora.{key}.theta_{x}" for key in ("fc1_32x16", "query_16x16", "value_16x16") for x in "AB"]
+    other = adapt(encoder(layers=3), targets=("query", "value", "fc1"))
+    other.load_state_dict(trained(model).state_dict())
+    assert torch.equal(other(IDS), model(IDS))
+
+
+def test_layers_share_a_theta_only_where_target_name_and_shape_agree():
+    model = nn.Sequential(nn.ModuleDict({"dense": nn.Linear(4, 4)}), nn.ModuleDict({"dense": nn.Linear(4, 8)}),
+                          nn.ModuleDict({"dense": nn.Linear(4, 4)}))
+    adapt(model, targets="dense", rank=2)
+    assert model[0]["dense"].shared[0] is model[2]["dense"].shared[0] is model.condlora["dense_4x4"]
+    assert model[1]["dense"].shared[0] is model.condlora["dense_8x4"]
+    assert [tuple(f.shape) for f in model[1]["dense"].factors()] == [(2, 4), (8, 2)]
+
+
+def test_a_copy_of_the_model_shares_its_own_theta():
+    model = trained(adapt(encoder()))
+    twin = copy.deepcopy(model)
+    trained(twin)
+    assert twin.layers[0].attention.query.shared[0] is twin.condlora["query_16x16"]
+    assert not torch.equal(twin(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("method", ["lora", "condlora"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.15)])
+def test_merge_keeps_the_output_and_unmerge_gives_every_weight_back_bit_for_bit(method, dtype, tolerance):
+    model = trained(adapt(encoder(), method, targets=("query", "value", "fc1"))).to(dtype)
+    W0 = {name: p.clone() for name, p in model.state_dict().items()}
+    expected = model(IDS)
+    merge(merge(model))                                   # merging what is merged changes nothing
+    layer = model.layers[1].attention.query
+    assert torch.allclose(layer.weight - W0["layers.1.attention.query.weight"], layer.delta(), atol=0.1 if dtype == torch.bfloat16 else 1e-6)
+    assert torch.allclose(model(IDS), expected, atol=tolerance)
+    with torch.no_grad():                                 # no adapter arithmetic is left: the factors may be anything
+        kept = [p.clone() for p in adapter_parameters(model)]
+        merged = model(IDS)
+        for p in adapter_parameters(model):
+            p.fill_(float("nan"))
+        assert torch.equal(model(IDS), merged)
+        for p, value in zip(adapter_parameters(model), kept):
+            p.copy_(value)
+    unmerge(model)
+    assert all(torch.equal(p, W0[name]) for name, p in model.state_dict().items())
+    assert torch.equal(model(IDS), expected)
+
+
+def test_merged_weights_serve_a_model_without_adapter():
+    model = merge(trained(adapt(encoder())))
+    plain = encoder()
+    plain.load_state_dict({name: p for name, p in model.state_dict().items() if not name.startswith("condlora")})
+    assert torch.equal(plain(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_to_lora_keeps_the_output_and_unties_the_layers(merged):
+    model = trained(adapt(encoder(), targets=("query", "fc2")))
+    expected, delta = model(IDS), model.layers[2].fc2.delta()
+    to_lora(merge(model) if merged else model)
+    assert not any(isinstance(m, CondLoRALinear) for m in model.modules()) and not hasattr(model, "condlora")
+    assert torch.allclose(unmerge(model)(IDS), expected, atol=1e-6)
+    assert torch.equal(model.layers[2].fc2.delta(), delta)
+    parameters = adapter_parameters(model)
+    assert len(parameters) == 3 * 2 * 2 and all(p.requires_grad for p in parameters)
+
+
+def test_a_layer_under_two_names_is_adapted_under_both():
+    shared = nn.Linear(4, 4)
+    model = adapt(nn.ModuleDict({"a": nn.ModuleDict({"query": shared}), "b": nn.ModuleDict({"query": shared})}), "lora", "query", rank=2)
+    assert model["a"]["query"] is model["b"]["query"] and isinstance(model["a"]["query"], LoRALinear)
+
+
+@pytest.mark.parametrize("arguments, words", [
+    ({"targets": ("query", "q_proj")}, "'q_proj'.*dense, fc1, fc2, key, out, query, value"),
+    ({"targets": ()}, "targets is empty"),
+    ({"rank": 0}, "rank is 0.*from 1 to 16"),
+    ({"rank": 17}, "rank is 17.*layers.0.attention.query.*from 1 to 16"),
+    ({"method": "dora"}, "'dora'.*'lora' or 'condlora'"),
+])
+def test_a_wrong_argument_is_named_and_leaves_the_model_as_it_was(arguments, words):
+    model = encoder()
+    with pytest.raises(ValueError, match=words):
+        adapt(model, **arguments)
+    assert all(p.requires_grad for p in model.parameters())
+    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+
+
+def test_adapting_twice_is_refused():
+    with pytest.raises(ValueError, match="adapted already"):
+        adapt(adapt(encoder(), "lora"), "condlora", targets="key")

@@ -1,0 +1,143 @@
+"""The encoder against logits that transformers 5.23 gave for the same weights, and reading Hugging Face's files."""
+
+import json
+import struct
+
+import pytest
+import torch
+from conftest import hf_state, write_encoder
+
+from model import Config, Transformer, read_safetensors
+
+# transformers.BertForSequenceClassification and RobertaForSequenceClassification, on conftest's weights
+LOGITS = {"bert": [[0.060267, 0.002682], [0.054797, -0.051764]], "roberta": [[0.001954, -0.161187], [0.03513, -0.152356]]}
+
+
+def padded_batch(pad):
+    input_ids = torch.tensor([[2, 5, 7, 10, 3, 8, 11, 3], [2, 6, 9, 3, pad, pad, pad, pad]])
+    token_type_ids = torch.tensor([[0, 0, 0, 0, 0, 1, 1, 1], [0] * 8])
+    return input_ids, token_type_ids, (torch.arange(8) < torch.tensor([[8], [4]])).long()
+
+
+def safetensors(state, dtype, name):
+    """The file as the format's description has it, written without the code under test."""
+    header, body = {"__metadata__": {"format": "pt"}}, b""
+    for key, tensor in state.items():
+        raw = tensor.to(dtype).view(torch.uint8 if tensor.dim() else dtype).numpy().tobytes()
+        header[key] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [len(body), len(body) + len(raw)]}
+        body += raw
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + body
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_logits_are_transformers_own_with_padding_in_the_batch(tmp_path, model_type):
+    model = Transformer.from_pretrained(write_encoder(tmp_path / "m", model_type), n_out=2).eval()
+    logits = model(*padded_batch(pad=model.config.pad_token_id))
+    assert torch.allclose(logits, torch.tensor(LOGITS[model_type]), atol=2e-6)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("dtype, name, tolerance", [(torch.float32, "F32", 2e-6), (torch.float16, "F16", 2e-3), (torch.bfloat16, "BF16", 2e-2)])
+def test_safetensors_of_each_precision_load_with_extra_keys_and_without_prefix(tmp_path, model_type, dtype, name, tolerance):
+    folder = write_encoder(tmp_path / "m", model_type)
+    (folder / "pytorch_model.bin").unlink()
+    state = {key.removeprefix(model_type + "."): value for key, value in hf_state(model_type, 2).items()}
+    state |= {"embeddings.position_ids": torch.arange(16.0), "cls.predictions.bias": torch.zeros(3), "lm_head.bias": torch.zeros(3)}
+    (folder / "model.safetensors").write_bytes(safetensors(state, dtype, name))
+    model = Transformer.from_pretrained(folder, n_out=2).eval()
+    logits = model(*padded_batch(pad=model.config.pad_token_id))
+    assert torch.allclose(logits, torch.tensor(LOGITS[model_type]), atol=tolerance)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_the_first_berts_gamma_and_beta_are_weight_and_bias(tmp_path):
+    state = {key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
+             for key, value in hf_state("bert", 2).items()}
+    model = Transformer.from_pretrained(write_encoder(tmp_path / "m", state=state)).eval()
+    assert torch.allclose(model(*padded_batch(0)), torch.tensor(LOGITS["bert"]), atol=2e-6)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("classifier, n_out", [(0, 2), (3, 2), (2, 1)])
+def test_a_head_that_is_absent_or_has_other_classes_is_drawn_anew(tmp_path, model_type, classifier, n_out):
+    folder = write_encoder(tmp_path / "m", model_type, state=hf_state(model_type, classifier))
+    model = Transformer.from_pretrained(folder, n_out)
+    assert model.head.out.weight.shape == (n_out, 8) and 0 < model.head.out.weight.std() < 0.1
+    assert torch.equal(model.head.out.bias, torch.zeros(n_out))
+
+
+def test_what_is_saved_reads_back_the_same(tmp_path):
+    model = Transformer(Config(model_type="roberta", vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                               intermediate_size=16, max_position_embeddings=20, pad_token_id=1, n_out=3))
+    model.save_pretrained(tmp_path)
+    again = Transformer.from_pretrained(tmp_path, n_out=3)
+    assert again.config == model.config
+    assert all(torch.equal(p, again.state_dict()[name]) for name, p in model.state_dict().items())
+
+
+def test_robertas_positions_start_after_the_padding_id_and_skip_padding(bert_folder, tmp_path):
+    roberta = Transformer.from_pretrained(write_encoder(tmp_path / "r", "roberta")).eval()
+    left, right = torch.tensor([[1, 1, 2, 5, 3]]), torch.tensor([[2, 5, 3, 1, 1]])
+    states = [roberta.encode(ids, attention_mask=(ids != 1).long()) for ids in (left, right)]
+    assert torch.allclose(states[0][:, 2:], states[1][:, :3], atol=1e-6)         # the same wherever the padding stands
+    assert roberta.config.max_len == 16 and Transformer.from_pretrained(bert_folder).config.max_len == 16
+    with pytest.raises(ValueError, match="17 tokens.*16 positions"):
+        roberta(torch.full((1, 17), 5))
+
+
+def without(key):
+    return {k: v for k, v in hf_state("bert", 2).items() if k != key}
+
+
+@pytest.mark.parametrize("changes, state, words", [
+    ({"model_type": "gpt2"}, None, "config.json: model_type is 'gpt2', not bert or roberta"),
+    ({"hidden_act": "relu"}, None, "config.json: hidden_act is 'relu'"),
+    ({"position_embedding_type": "relative_key"}, None, "position_embedding_type is 'relative_key'"),
+    ({"num_attention_heads": 3}, None, "hidden_size 8.*num_attention_heads 3"),
+    ({}, without("bert.encoder.layer.1.attention.self.value.bias"), "no weight encoder.layer.1.attention.self.value.bias"),
+    ({"intermediate_size": 20}, None, r"intermediate.dense.weight has shape \(12, 8\), config.json says \(20, 8\)"),
+])
+def test_what_does_not_fit_is_named(tmp_path, changes, state, words):
+    with pytest.raises(ValueError, match=words):
+        Transformer.from_pretrained(write_encoder(tmp_path / "m", state=state, **changes))
+
+
+def test_missing_and_damaged_files_are_named(bert_folder, tmp_path):
+    weights = bert_folder / "pytorch_model.bin"
+    weights.write_bytes(b"no pickle")
+    with pytest.raises(ValueError, match="pytorch_model.bin is not a PyTorch file"):
+        Transformer.from_pretrained(bert_folder)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="neither model.safetensors nor pytorch_model.bin"):
+        Transformer.from_pretrained(bert_folder)
+    (bert_folder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is not JSON"):
+        Transformer.from_pretrained(bert_folder)
+    with pytest.raises(FileNotFoundError, match="no config.json in .*nowhere"):
+        Transformer.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_safetensors_file_cut_anywhere_is_refused(tmp_path):
+    whole = safetensors({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4)}, torch.float32, "F32")
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(whole)
+    assert read_safetensors(file)["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="model.safetensors"):
+            read_safetensors(file)
+
+
+@pytest.mark.parametrize("entry, words", [
+    ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "bytes 0 to 4"),
+    ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "bytes -8 to 0"),
+    ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, "bytes 4 to 12 of 8"),
+    ({"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}, "type F8_E4M3"),
+    ({"dtype": "F32", "shape": [2]}, "header is damaged"),
+])
+def test_a_safetensors_header_that_contradicts_the_file_is_refused(tmp_path, entry, words):
+    text = json.dumps({"a": entry}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    with pytest.raises(ValueError, match=words):
+        read_safetensors(tmp_path / "model.safetensors")

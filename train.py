@@ -1,0 +1,412 @@
+"""Fine-tune a frozen encoder with CondLoRA or LoRA, on the toy language or on GLUE.
+
+    python train.py --method condlora                                         # everything from scratch, in a minute
+    python train.py --task rte --init_from roberta-base --method lora         # after python data/download.py rte roberta-base
+    python train.py --eval_only ckpt.pt                                       # its figures again
+
+Protocol of the CondLoRA paper (Kim et al. 2024, section 4): a tenth of the training set is held out and chooses the epoch;
+GLUE's dev set, seen once at the end, is the test. Figures are percentages.
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")           # cuBLAS gives the same sums each time only with it
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from condlora import adapt, adapter_parameters
+from data import glue, tokenizer, toy
+from model import Config, Transformer, weights_file
+
+DATA = Path(__file__).resolve().parent / "data"
+
+# What the options are where the command line does not say. Chosen on the validation sets of the toy tasks and of GLUE.
+LEARNING_RATE = {"toy": {"condlora": 8e-3, "lora": 4e-3, "full": 1e-3, "head": 1e-2},
+                 "glue": {"condlora": 1e-3, "lora": 1e-3, "full": 5e-5, "head": 2e-3}}
+EPOCHS = {"toy": 6, "glue": 10}
+BATCH_SIZE = {"toy": 32, "glue": 16}
+
+
+def arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     epilog="\n".join(__doc__.split("\n")[1:]))
+    add = parser.add_argument
+    add("--task", default="toy", help=f"{', '.join(toy.TASKS)} (made up, needs no files), or GLUE's {', '.join(glue.TASKS)}; default toy")
+    add("--method", default="condlora", choices=("condlora", "lora", "full", "head"),
+        help="what trains beside the classification head: the adapter, every weight (full), or nothing (head)")
+    add("--init_from", help="pretrained encoder: a folder, or a name under data/models; default the toy encoder, or roberta-base")
+    add("--data_dir", default=DATA / "glue", type=full_path, help="folder with GLUE's CoLA, SST-2, ...; default data/glue")
+    add("--rank", type=positive(int), default=8, help="r, the adapter's rank")
+    add("--alpha", type=positive(float), default=8.0, help="the update is scaled by alpha / rank")
+    add("--targets", nargs="+", default=["query", "value"], help="linear layers to adapt: query key value out fc1 fc2")
+    add("--lr", type=positive(float), help=f"highest learning rate; default by method, {LEARNING_RATE}")
+    add("--epochs", type=positive(int), help=f"default {EPOCHS['toy']} for the toy tasks, {EPOCHS['glue']} for GLUE")
+    add("--batch_size", type=positive(int), help=f"default {BATCH_SIZE['toy']} for the toy tasks, {BATCH_SIZE['glue']} for GLUE")
+    add("--max_len", type=positive(int), default=128, help="longest input, in tokens; never more than the encoder has positions")
+    add("--warmup", type=share, default=0.06, help="share of the steps in which the learning rate rises; then it falls to 0")
+    add("--weight_decay", type=float, default=0.01)
+    add("--patience", type=positive(int), help="stop after so many epochs without a better validation figure; default never")
+    add("--seed", type=int, default=0, help="the same seed on the same machine gives the same figures")
+    add("--device", help="cuda, cpu or mps; default the best there is")
+    add("--dtype", choices=("float32", "bfloat16"), help="of matrix products; weights stay float32. Default bfloat16 on cuda, else float32")
+    add("--pretrain_steps", type=positive(int), default=1500, help="steps of pretraining where the toy encoder is not there yet")
+    add("--out", default=Path("ckpt.pt"), type=Path, help="checkpoint to write; default ckpt.pt")
+    add("--resume", type=Path, metavar="CKPT", help="go on with the interrupted run that wrote this checkpoint")
+    add("--eval_only", type=Path, metavar="CKPT", help="report the figures of this checkpoint; nothing is trained or written")
+    args = parser.parse_args(argv)
+    file = args.resume or args.eval_only
+    if not file:
+        return args, None
+    checkpoint = load(file)
+    parser.set_defaults(**checkpoint["settings"])
+    args = parser.parse_args(argv)
+    for name, value in checkpoint["settings"].items():
+        if getattr(args, name) != value and name not in ("init_from", "data_dir", "dtype", "out"):
+            raise ValueError(f"--{name} {getattr(args, name)} contradicts {file}, trained with {value}: leave it out")
+    return args, checkpoint
+
+
+def full_path(text):
+    return Path(text).resolve()
+
+
+def positive(kind):
+    def number(text):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+    number.__name__ = f"positive {kind.__name__}"
+    return number
+
+
+def share(text):
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise ValueError
+    return value
+
+
+def pick_device(name):
+    there = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + ["cuda"] * torch.cuda.is_available()
+    if name is None:
+        return torch.device(there[-1])
+    if name.partition(":")[0] not in there:
+        raise ValueError(f"--device {name} is not there: use {' or '.join(reversed(there))}")
+    return torch.device(name)
+
+
+# Data ----------------------------------------------------------------------------------------------------------------
+
+class Encoded:
+    """A split's token ids, padded, on the device; batches are cut from it there, only as wide as their longest row."""
+
+    def __init__(self, split, tok, max_len, device):
+        rows = [tok.encode(*text, max_len=max_len) for text in tqdm(split.texts, "tokenizing", leave=False, delay=2)]
+        self.lengths = np.array([len(input_ids) for input_ids, _ in rows])
+        shape = len(rows), self.lengths.max()
+        input_ids, token_type_ids = np.full(shape, tok.pad_id), np.zeros(shape, np.int64)
+        for i, (ids, types) in enumerate(rows):
+            input_ids[i, :len(ids)], token_type_ids[i, :len(ids)] = ids, types
+        real = np.arange(shape[1]) < self.lengths[:, None]
+        self.inputs = [torch.from_numpy(x).to(device) for x in (input_ids, token_type_ids, real)]
+        self.labels = torch.tensor(split.labels, device=device)
+
+    def batch(self, rows):
+        """((input_ids, token_type_ids, attention_mask), labels) of the rows numbered in the array `rows`."""
+        width = self.lengths[rows].max()
+        rows = torch.from_numpy(rows).to(self.labels.device)
+        return [x[rows, :width] for x in self.inputs], self.labels[rows]
+
+
+def shuffled_batches(lengths, size, seed):
+    """Every row once, in batches of rows of about the same length: little padding, and still another order each epoch."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(lengths))
+    pools = [order[i:i + 50 * size] for i in range(0, len(order), 50 * size)]
+    batches = []
+    for pool in pools:                                                # sorted by length within a pool of 50 batches only
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        batches += [pool[i:i + size] for i in range(0, len(pool), size)]
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def load_task(task, data_dir):
+    """(splits, number of outputs, metrics(predictions, labels)) of a task."""
+    if task in toy.TASKS:
+        return toy.load(task), 2, lambda predictions, labels: {"accuracy": float(np.mean(predictions == labels))}
+    if task.lower().replace("-", "") not in glue.TASKS:
+        raise ValueError(f"--task is {task!r}: there are {', '.join((*toy.TASKS, *glue.TASKS))}")
+    return glue.load(task, data_dir), len(glue.TASKS[glue.canonical(task)].classes) or 1, lambda p, l: glue.metrics(task, p, l)
+
+
+# The toy encoder -----------------------------------------------------------------------------------------------------
+
+def toy_encoder(steps, device):
+    """Folder of the encoder pretrained on the toy language, which is made the first time and kept."""
+    folder = DATA / "models" / f"toy-{steps}"
+    if (folder / "config.json").is_file():
+        return folder
+    vocabulary = toy.vocabulary()
+    config = Config(vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
+                    max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                    initializer_range=0.1)     # BERT's 0.02 is for d = 768: at d = 64 attention would take 1,500 steps to wake up
+    partial = folder.with_name(folder.name + f".part{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        (partial / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+        pretrain(config, tokenizer.load(partial), steps, device).save_pretrained(partial)
+        if not folder.exists():                                       # another run may have been faster
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def pretrain(config, tok, steps, device, batch_size=64, lr=3e-3, masked=0.2):
+    """Masked-language modelling (Devlin et al. 2019): a fifth of the words is hidden, the encoder says which they were."""
+    torch.manual_seed(0)
+    model = Transformer(config).to(device)
+    corpus = Encoded(glue.Split(toy.corpus(20000), [0] * 20000), tok, config.max_len, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    rng = np.random.default_rng(0)
+    bar = tqdm(range(steps), f"pretraining the toy encoder, once, on {device}")
+    for step in bar:
+        (input_ids, *rest), _ = corpus.batch(rng.integers(len(corpus.lengths), size=batch_size))
+        words = (input_ids != tok.pad_id) & (input_ids != tok.cls_id) & (input_ids != tok.sep_id)
+        hidden = (torch.rand(input_ids.shape, device=device) < masked) & words
+        states = model.encode(input_ids.masked_fill(hidden, tok.mask_id), *rest)
+        loss = F.cross_entropy(F.linear(states[hidden], model.embeddings.word.weight), input_ids[hidden])
+        optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, 0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model
+
+
+def schedule(step, steps, warmup):
+    """Factor on the learning rate: a linear rise over the share `warmup` of the steps, then a linear fall to 0."""
+    rise = warmup * steps
+    return min((step + 1) / rise if rise else 1.0, (steps - step) / max(steps - rise, 1.0), 1.0)
+
+
+# Training and evaluating ---------------------------------------------------------------------------------------------
+
+@torch.inference_mode()
+def evaluate(model, data, metrics, batch_size, precision):
+    model.eval()
+    order = np.argsort(data.lengths, kind="stable")
+    outputs = []
+    for i in range(0, len(order), batch_size):
+        inputs, _ = data.batch(order[i:i + batch_size])
+        with precision():
+            outputs.append(model(*inputs))
+    outputs = torch.cat(outputs).float()
+    predictions = outputs.argmax(1) if outputs.shape[1] > 1 else outputs[:, 0]
+    return metrics(predictions.cpu().numpy(), data.labels.cpu().numpy()[order])
+
+
+def loss_of(logits, labels):
+    if logits.shape[1] == 1:                                          # STS-B, a regression
+        return F.mse_loss(logits[:, 0].float(), labels)
+    return F.cross_entropy(logits.float(), labels)
+
+
+def trained_weights(model):
+    """What the checkpoint keeps, by name: adapter and head (or every weight), each shared theta once."""
+    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_weights(model, weights):
+    with torch.no_grad():
+        parameters = dict(model.named_parameters())
+        for name, weight in weights.items():
+            parameters[name].copy_(weight)
+
+
+def save(checkpoint, file):
+    """Written beside and renamed, so that a run that is stopped leaves the checkpoint before it."""
+    partial = file.with_name(file.name + ".part")
+    torch.save(checkpoint, partial)
+    os.replace(partial, file)
+
+
+def load(file):
+    if not file.is_file():
+        raise FileNotFoundError(f"no checkpoint {file}: python train.py writes one")
+    try:
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint["settings"], checkpoint["weights"], checkpoint["encoder"]["sha256"]
+    except Exception:
+        raise ValueError(f"{file} is not a checkpoint of train.py") from None
+    return checkpoint
+
+
+def sha256(file):
+    with open(file, "rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def find_encoder(args, device):
+    """The folder with the pretrained encoder."""
+    if args.init_from is None and args.task in toy.TASKS:
+        return toy_encoder(args.pretrain_steps, device)
+    name = args.init_from or "roberta-base"
+    for folder in (Path(name), DATA / "models" / name):
+        if folder.is_dir():
+            args.init_from = str(folder.resolve())
+            return folder
+    raise FileNotFoundError(f"no folder {name}, here or under {DATA / 'models'}: python data/download.py {name} fetches a model of that name")
+
+
+def build(args, folder, n_out):
+    """The encoder, adapted; what shall train requires a gradient, nothing else does."""
+    model = Transformer.from_pretrained(folder, n_out)
+    if args.method in ("condlora", "lora"):
+        adapt(model, args.method, args.targets, args.rank, args.alpha)
+    elif args.method == "head":
+        model.requires_grad_(False)
+    model.head.requires_grad_(True)
+    return model
+
+
+def text_of(figures):
+    return ", ".join(f"{name} {100 * value:.1f}" for name, value in figures.items())
+
+
+def fit(model, data, metrics, args, precision, checkpoint):
+    """Train for args.epochs epochs, or for those that `checkpoint` lacks; it is completed and written after each one."""
+    device = data["train"].labels.device
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], args.lr, weight_decay=args.weight_decay)
+    history = checkpoint["history"]
+    if history:
+        load_weights(model, checkpoint["last"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        torch.set_rng_state(checkpoint["rng"]["cpu"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], device)
+    else:
+        torch.manual_seed(args.seed)
+    score = lambda epoch: next(iter(epoch["validation"].values()))    # the task's main metric
+    n = len(data["train"].lengths)
+    per_epoch = -(-n // args.batch_size)
+    step, steps = len(history) * per_epoch, args.epochs * per_epoch
+    bar = tqdm(total=steps, initial=step, desc=f"{args.task} {args.method}")
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        model.train()
+        began, total = time.perf_counter(), torch.zeros((), device=device)
+        for rows in shuffled_batches(data["train"].lengths, args.batch_size, [args.seed, epoch]):
+            inputs, labels = data["train"].batch(rows)
+            optimizer.param_groups[0]["lr"] = args.lr * schedule(step, steps, args.warmup)
+            with precision():
+                loss = loss_of(model(*inputs), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach() * len(rows)
+            step += 1
+            bar.update()
+            if step % 50 == 0:                                        # seldom: reading the loss waits for the device
+                bar.set_postfix(loss=f"{loss.item():.3f}")
+        mean_loss = total.item() / n
+        seconds = time.perf_counter() - began
+        if not np.isfinite(mean_loss):
+            raise ValueError(f"the loss is {mean_loss} in epoch {epoch}: try --lr lower than {args.lr:g}")
+        history.append({"epoch": epoch, "loss": mean_loss, "seconds": seconds,
+                        "validation": evaluate(model, data["validation"], metrics, args.batch_size, precision)})
+        best = max(history, key=score)                                # the first of equals
+        if best["epoch"] == epoch:
+            checkpoint["weights"] = trained_weights(model)
+        checkpoint |= {"last": trained_weights(model), "optimizer": optimizer.state_dict(), "best_epoch": best["epoch"],
+                       "rng": {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})}
+        save(checkpoint, args.out)
+        tqdm.write(f"epoch {epoch:2d}  loss {mean_loss:.3f}  validation {text_of(history[-1]['validation'])}"
+                   + ("  best so far" if best["epoch"] == epoch else ""))
+        if args.patience and epoch - best["epoch"] >= args.patience:
+            break
+    bar.close()
+
+
+def run(argv):
+    args, checkpoint = arguments(argv)
+    device = pick_device(args.device)
+    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    kind = "toy" if args.task in toy.TASKS else "glue"
+    args.lr = args.lr or LEARNING_RATE[kind][args.method]
+    args.epochs = args.epochs or EPOCHS[kind]
+    args.batch_size = args.batch_size or BATCH_SIZE[kind]
+    if not args.out.absolute().parent.is_dir() or args.out.is_dir():
+        raise ValueError(f"--out {args.out} cannot be written: it should be a file in a folder that exists")
+    splits, n_out, metrics = load_task(args.task, args.data_dir)
+    folder = find_encoder(args, device)
+
+    if device.type != "mps":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    precision = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    torch.manual_seed(args.seed)
+    model = build(args, folder, n_out).to(device)
+    tok = tokenizer.load(folder)
+    if tok.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, the model {model.config.vocab_size}")
+    data = {name: Encoded(split, tok, min(args.max_len, model.config.max_len), device) for name, split in splits.items()}
+
+    digest = sha256(weights_file(folder))
+    if checkpoint is None:
+        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
+                    if name not in ("device", "resume", "eval_only", "pretrain_steps")}
+        checkpoint = {"settings": settings, "task": args.task, "history": [], "config": vars(model.config),
+                      "encoder": {"path": str(folder.resolve()), "sha256": digest}}
+    elif checkpoint["encoder"]["sha256"] != digest:
+        raise ValueError(f"{weights_file(folder)} is not the encoder of {args.resume or args.eval_only}: its SHA-256 differs. "
+                         f"Say where that one is with --init_from")
+    if not args.eval_only:
+        fit(model, data, metrics, args, precision, checkpoint)
+    load_weights(model, checkpoint["weights"])
+    figures = {name: evaluate(model, data[name], metrics, args.batch_size, precision) for name in data if name != "train"}
+    if not args.eval_only:
+        checkpoint["results"] = figures
+        save(checkpoint, args.out)
+
+    adapter = sum(p.numel() for p in adapter_parameters(model))
+    own = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.head.parameters()) - adapter
+    trained = own if args.method == "full" else adapter
+    history = checkpoint["history"]
+    speed = len(data["train"].lengths) * len(history) / sum(epoch["seconds"] for epoch in history)
+    rows = [("task", args.task), ("method", args.method + (f", rank {args.rank}" if adapter else "")),
+            ("all weights" if args.method == "full" else "adapter parameters", f"{trained:,} ({trained / own:.2%} of the encoder's {own:,})"),
+            *((name.replace("_", " "), text_of(values)) for name, values in figures.items()),
+            ("best epoch", f"{checkpoint['best_epoch']} of {len(history)}"), ("training speed", f"{speed:,.0f} examples/s"),
+            ("checkpoint", args.eval_only or args.out)]
+    print(*(f"{name:20}{value}" for name, value in rows), sep="\n")
+
+
+def main(argv=None):
+    try:
+        run(argv)
+    except (ValueError, OSError) as error:
+        sys.exit(fail(error))
+    except torch.OutOfMemoryError:
+        sys.exit(fail("the device is out of memory: try a smaller --batch_size or --max_len"))
+    except KeyboardInterrupt:
+        sys.exit(fail("stopped. --resume with the checkpoint goes on after its last whole epoch"))
+
+
+def fail(message):
+    print(f"train.py: error: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    main()
