@@ -62,15 +62,16 @@ def arguments(argv):
     add("--out", default=Path("ckpt.pt"), type=Path, help="checkpoint to write; default ckpt.pt")
     add("--resume", type=Path, metavar="CKPT", help="go on with the interrupted run that wrote this checkpoint")
     add("--eval_only", type=Path, metavar="CKPT", help="report the figures of this checkpoint; nothing is trained or written")
+    parser.error = lambda message: sys.exit(fail(message))            # one line, without the usage
     args = parser.parse_args(argv)
     file = args.resume or args.eval_only
     if not file:
         return args, None
     checkpoint = load(file)
-    parser.set_defaults(**checkpoint["settings"])
+    parser.set_defaults(**checkpoint["settings"], out=file)
     args = parser.parse_args(argv)
     for name, value in checkpoint["settings"].items():
-        if getattr(args, name) != value and name not in ("init_from", "data_dir", "dtype", "out"):
+        if getattr(args, name) != value and name not in ("init_from", "data_dir", "dtype"):
             raise ValueError(f"--{name} {getattr(args, name)} contradicts {file}, trained with {value}: leave it out")
     return args, checkpoint
 
@@ -294,7 +295,7 @@ def fit(model, data, metrics, args, precision, checkpoint):
         load_weights(model, checkpoint["last"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"]["cpu"])
-        if device.type == "cuda":
+        if device.type == "cuda" and "cuda" in checkpoint["rng"]:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], device)
     else:
         torch.manual_seed(args.seed)
@@ -365,7 +366,7 @@ def run(argv):
     digest = sha256(weights_file(folder))
     if checkpoint is None:
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-                    if name not in ("device", "resume", "eval_only", "pretrain_steps")}
+                    if name not in ("device", "out", "resume", "eval_only")}
         checkpoint = {"settings": settings, "task": args.task, "history": [], "config": vars(model.config),
                       "encoder": {"path": str(folder.resolve()), "sha256": digest}}
     elif checkpoint["encoder"]["sha256"] != digest:

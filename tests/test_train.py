@@ -1,0 +1,223 @@
+"""The command line, end to end: what a run prints, writes, and says when it cannot."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, WORDS, write_encoder
+from test_data import write_task
+
+import train
+from data import tokenizer
+from model import Transformer
+
+
+@pytest.fixture
+def little(tmp_path, monkeypatch, bert_folder):
+    """Arguments of a run on 60 made-up SST-2 sentences ("warm" is good, "cold" is not) with a two-layer encoder."""
+    monkeypatch.chdir(tmp_path)
+    nouns = ["cat", "dog", "bird", "cats", "dogs", "birds"]
+    rows = [f"{'the ' * (i % 4)}{nouns[i % 6]} {'not ' * (i % 5)}{('cold', 'warm')[i % 2]}\t{i % 2}" for i in range(60)]
+    write_task(tmp_path / "glue", "sst2", sorted(set(rows)), dev=rows[:21])
+    return ["--task", "sst2", "--init_from", str(bert_folder), "--data_dir", str(tmp_path / "glue"), "--device", "cpu", "--epochs", "2",
+            "--rank", "2", "--lr", "0.01"]
+
+
+def run(arguments, capsys):
+    """(the table's rows as a dict, what was printed before it) of one run."""
+    train.main([str(a) for a in arguments])
+    lines = capsys.readouterr().out.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("task "))
+    return dict(line.split(maxsplit=1) for line in lines[start:]), lines[:start]
+
+
+def fails(arguments, capsys):
+    """The one line on standard error of a run that ends with exit status 2."""
+    with pytest.raises(SystemExit) as stop:
+        train.main([str(a) for a in arguments])
+    assert stop.value.code == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(error) == 1
+    return error[0]
+
+
+def test_a_fresh_clone_pretrains_once_trains_and_reports_the_same_figures_again(tmp_path):
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("data/*.py")):
+        (tmp_path / file.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(file, tmp_path / file.relative_to(ROOT))
+
+    def command(*arguments):
+        return subprocess.run([sys.executable, "train.py", "--device", "cpu", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    first = command("--method", "condlora", "--pretrain_steps", "25", "--epochs", "1")
+    assert first.returncode == 0, first.stderr
+    table = dict(line.split(maxsplit=1) for line in first.stdout.splitlines()[1:])
+    assert table["task"] == "toy" and table["adapter"].startswith("parameters  2,048 (0.99% of the encoder's 206,272)")
+    assert "pretraining the toy encoder" in first.stderr and "toy condlora: 100%" in first.stderr
+    assert (tmp_path / "ckpt.pt").is_file() and table["checkpoint"] == "ckpt.pt"
+    again = command("--eval_only", "ckpt.pt")
+    assert again.returncode == 0 and "pretraining" not in again.stderr
+    figures = [[line for line in out.splitlines() if line.startswith(("validation", "test"))] for out in (first.stdout, again.stdout)]
+    assert figures[0] == figures[1] and len(figures[0]) == 2
+
+
+def test_a_glue_task_runs_from_the_command_line(little, tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "train.py", *little, "--method", "lora", "--out", "my.pt"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[:2] for line in done.stdout.splitlines()[:2]] == [["epoch", "1"], ["epoch", "2"]]
+    assert (tmp_path / "my.pt").is_file() and not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("method, trained", [("condlora", 2 * 2 * 2 * 8), ("lora", 2 * 2 * 2 * 8 * 2), ("head", 0), ("full", 328 + 2 * 532)])
+def test_each_method_trains_what_it_says_and_no_more(little, capsys, method, trained):
+    table, _ = run([*little, "--method", method], capsys)
+    checkpoint = torch.load("ckpt.pt", weights_only=True)
+    head = 8 * 8 + 8 + 2 * 8 + 2
+    assert sum(w.numel() for w in checkpoint["weights"].values()) == trained + head
+    assert f"{trained:,} (" in table["all" if method == "full" else "adapter"]
+    if method == "condlora":
+        assert sorted(checkpoint["weights"]) == ["condlora.query_8x8.theta_A", "condlora.query_8x8.theta_B", "condlora.value_8x8.theta_A",
+                                                 "condlora.value_8x8.theta_B", "head.dense.bias", "head.dense.weight", "head.out.bias", "head.out.weight"]
+
+
+def test_eval_only_reports_the_very_figures_of_the_run(little, capsys):
+    table, _ = run(little, capsys)
+    results = torch.load("ckpt.pt", weights_only=True)["results"]
+    again, before = run(["--eval_only", "ckpt.pt", "--device", "cpu"], capsys)
+    assert again == table and before == []
+    assert table["test"] == f"accuracy {100 * results['test']['accuracy']:.1f}"
+
+
+def test_the_reported_test_figure_is_that_of_the_best_epochs_weights(little, capsys, bert_folder, tmp_path):
+    """Reckoned without train.py: load, adapt by hand, count the right answers one sentence at a time."""
+    run([*little, "--method", "lora", "--epochs", "3"], capsys)
+    checkpoint = torch.load("ckpt.pt", weights_only=True)
+    model, tok = Transformer.from_pretrained(bert_folder).eval(), tokenizer.load(bert_folder)
+    state = model.state_dict()
+    for name, weight in checkpoint["weights"].items():
+        if name.startswith("head"):
+            state[name].copy_(weight)
+        elif name.endswith(".A"):
+            state[name[:-1] + "weight"] += 8 / 2 * checkpoint["weights"][name[:-1] + "B"] @ weight
+    rows = [line.rpartition("\t") for line in (tmp_path / "glue/SST-2/dev.tsv").read_text().split("\n")[1:]]
+    right = [model(torch.tensor([tok.encode(text)[0]])).argmax().item() == int(label) for text, _, label in rows]
+    assert checkpoint["results"]["test"]["accuracy"] == np.mean(right)
+    scores = [epoch["validation"]["accuracy"] for epoch in checkpoint["history"]]
+    assert checkpoint["best_epoch"] == 1 + int(np.argmax(scores)) and checkpoint["results"]["validation"]["accuracy"] == max(scores)
+
+
+def test_a_regression_task_trains_and_reports_correlations(little, capsys, tmp_path):
+    texts = [("cold", "warm")[i % 2] for i in range(40)]
+    write_task(tmp_path / "glue", "stsb", [f"0\tg\tf\ty\t1\tn\tn\tthe cat\tthe {'cat ' * (i % 3)}{text}\t{5.0 * (i % 2)}" for i, text in enumerate(texts)])
+    table, _ = run([*little, "--task", "stsb", "--method", "full", "--epochs", "30", "--batch_size", "2"], capsys)
+    assert table["test"].startswith("pearson ") and ", spearman " in table["test"]
+    assert float(table["test"].split()[1].rstrip(",")) > 80
+
+
+def test_the_same_seed_gives_the_same_numbers_and_another_one_others(little, capsys):
+    losses = []
+    for seed in (3, 3, 4):
+        run([*little, "--seed", seed], capsys)
+        losses.append([epoch["loss"] for epoch in torch.load("ckpt.pt", weights_only=True)["history"]])
+    assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_stopped_run_keeps_its_last_epoch_and_resumes_to_the_same_result(little, capsys, monkeypatch):
+    run([*little, "--epochs", "4", "--out", "whole.pt"], capsys)
+    save, saves = train.save, []
+
+    def stop_after_two(checkpoint, file):
+        save(checkpoint, file)
+        saves.append(file)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "save", stop_after_two)
+        assert "--resume" in fails([*little, "--epochs", "4", "--out", "part.pt"], capsys)
+    assert len(torch.load("part.pt", weights_only=True)["history"]) == 2
+    run(["--resume", "part.pt", "--device", "cpu"], capsys)
+    whole, part = (torch.load(file, weights_only=True) for file in ("whole.pt", "part.pt"))
+    assert [epoch["loss"] for epoch in whole["history"]] == [epoch["loss"] for epoch in part["history"]]
+    assert whole["results"] == part["results"]
+    assert all(torch.equal(whole["last"][name], part["last"][name]) for name in whole["last"])
+
+
+def test_patience_ends_a_run_that_gets_no_better(little, capsys):
+    _, lines = run([*little, "--method", "head", "--lr", "1e-9", "--epochs", "9", "--patience", "2"], capsys)
+    assert [line.split()[1] for line in lines] == ["1", "2", "3"]
+
+
+def test_every_row_is_seen_once_an_epoch_beside_rows_of_its_length():
+    lengths = np.random.default_rng(0).integers(3, 60, 1003)
+    one, two = (train.shuffled_batches(lengths, 16, [0, epoch]) for epoch in (1, 2))
+    assert sorted(np.concatenate(one)) == list(range(1003)) and len(one) == 63
+    assert [list(b) for b in one] != [list(b) for b in two]
+    padding = sum((lengths[b].max() - lengths[b]).sum() for b in one) / lengths.sum()
+    assert padding < 0.1 < sum((lengths[i:i + 16].max() - lengths[i:i + 16]).sum() for i in range(0, 1003, 16)) / lengths.sum()
+
+
+def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero():
+    # a tenth of 20 steps is 2: up in halves, then down by 1/18 a step
+    factors = [train.schedule(step, 20, 0.1) for step in range(20)]
+    assert factors[:3] == [0.5, 1.0, 1.0] and factors[-1] == pytest.approx(1 / 18)
+    assert train.schedule(0, 10, 0) == 1 and train.schedule(9, 10, 1) == pytest.approx(1)
+
+
+def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert_folder):
+    run(little, capsys)
+    figures = [run(["--eval_only", "ckpt.pt", "--device", "cpu"], capsys)[0]["test"]]
+    checkpoint = torch.load("ckpt.pt", weights_only=True)
+    checkpoint["settings"]["batch_size"] = 1
+    torch.save(checkpoint, "one.pt")
+    assert run(["--eval_only", "one.pt", "--device", "cpu"], capsys)[0]["test"] == figures[0]
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["--task", "xnli"], "--task is 'xnli': there are toy, toy-agree, cola"),
+    (["--method", "dora"], "invalid choice: 'dora'"),
+    (["--rank", "9"], "rank is 9: for layers.0.attention.query"),
+    (["--rank", "0"], "argument --rank: invalid positive int value: '0'"),
+    (["--lr", "nan"], "argument --lr"),
+    (["--warmup", "2"], "argument --warmup"),
+    (["--targets", "q_proj"], "no nn.Linear is named 'q_proj'"),
+    (["--device", "tpu"], "--device tpu is not there: use "),
+    (["--init_from", "nowhere"], "no folder nowhere.*python data/download.py nowhere"),
+    (["--data_dir", "nowhere"], "SST-2/train.tsv: python data/download.py sst2"),
+    (["--max_len", "2"], "max_len is 2"),
+    (["--out", "nowhere/ckpt.pt"], "--out nowhere/ckpt.pt cannot be written"),
+    (["--eval_only", "nowhere.pt"], "no checkpoint nowhere.pt"),
+    (["--lr", "1e30"], "the loss is .* in epoch"),
+])
+def test_a_mistake_gets_one_line_and_exit_status_2(little, capsys, arguments, words):
+    import re
+    assert re.search(words, fails([*little, *arguments], capsys))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there_is_said(little, capsys):
+    assert "--device cuda is not there: use cpu" in fails([*little, "--device", "cuda"], capsys)
+
+
+def test_a_checkpoint_that_does_not_fit_is_said(little, capsys, tmp_path, bert_folder):
+    run(little, capsys)
+    before = (tmp_path / "ckpt.pt").read_bytes()
+    assert "--rank 4 contradicts ckpt.pt, trained with 2" in fails(["--eval_only", "ckpt.pt", "--rank", "4"], capsys)
+    (tmp_path / "bad.pt").write_bytes(before[:1000])
+    assert "bad.pt is not a checkpoint of train.py" in fails(["--eval_only", "bad.pt"], capsys)
+    moved = tmp_path / "moved"
+    bert_folder.rename(moved)
+    assert "no folder" in fails(["--eval_only", "ckpt.pt"], capsys)
+    run(["--eval_only", "ckpt.pt", "--init_from", moved], capsys)
+    state = torch.load(moved / "pytorch_model.bin", weights_only=True)
+    state["bert.embeddings.word_embeddings.weight"] += 1
+    write_encoder(moved, state=state)
+    assert "SHA-256 differs" in fails(["--eval_only", "ckpt.pt", "--init_from", moved], capsys)
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+
+
+def test_a_tokenizer_with_more_tokens_than_the_encoder_is_said(little, capsys, bert_folder):
+    (bert_folder / "vocab.txt").write_text("\n".join([*WORDS, "more"]))
+    assert "the tokenizer has 22 tokens, the model 21" in fails(little, capsys)
