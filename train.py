@@ -9,7 +9,6 @@ GLUE's dev set, seen once at the end, is the test. Figures are percentages.
 """
 
 import argparse
-import hashlib
 import os
 import shutil
 import sys
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 from condlora import adapt, adapter_parameters
 from data import glue, tokenizer, toy
-from model import Config, Transformer, weights_file
+from model import Config, Transformer, check_encoder, load_checkpoint, sha256
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -67,7 +66,7 @@ def arguments(argv):
     file = args.resume or args.eval_only
     if not file:
         return args, None
-    checkpoint = load(file)
+    checkpoint = load_checkpoint(file)
     parser.set_defaults(**checkpoint["settings"], out=file)
     args = parser.parse_args(argv)
     for name, value in checkpoint["settings"].items():
@@ -229,34 +228,11 @@ def trained_weights(model):
     return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def load_weights(model, weights):
-    with torch.no_grad():
-        parameters = dict(model.named_parameters())
-        for name, weight in weights.items():
-            parameters[name].copy_(weight)
-
-
 def save(checkpoint, file):
     """Written beside and renamed, so that a run that is stopped leaves the checkpoint before it."""
     partial = file.with_name(file.name + ".part")
     torch.save(checkpoint, partial)
     os.replace(partial, file)
-
-
-def load(file):
-    if not file.is_file():
-        raise FileNotFoundError(f"no checkpoint {file}: python train.py writes one")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        checkpoint["settings"], checkpoint["weights"], checkpoint["encoder"]["sha256"]
-    except Exception:
-        raise ValueError(f"{file} is not a checkpoint of train.py") from None
-    return checkpoint
-
-
-def sha256(file):
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def find_encoder(args, device):
@@ -292,7 +268,7 @@ def fit(model, data, metrics, args, precision, checkpoint):
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], args.lr, weight_decay=args.weight_decay)
     history = checkpoint["history"]
     if history:
-        load_weights(model, checkpoint["last"])
+        model.load_state_dict(checkpoint["last"], strict=False)       # the frozen weights are there already
         optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         if device.type == "cuda" and "cuda" in checkpoint["rng"]:
@@ -363,18 +339,16 @@ def run(argv):
         raise ValueError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, the model {model.config.vocab_size}")
     data = {name: Encoded(split, tok, min(args.max_len, model.config.max_len), device) for name, split in splits.items()}
 
-    digest = sha256(weights_file(folder))
     if checkpoint is None:
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
                     if name not in ("device", "out", "resume", "eval_only")}
         checkpoint = {"settings": settings, "task": args.task, "history": [], "config": vars(model.config),
-                      "encoder": {"path": str(folder.resolve()), "sha256": digest}}
-    elif checkpoint["encoder"]["sha256"] != digest:
-        raise ValueError(f"{weights_file(folder)} is not the encoder of {args.resume or args.eval_only}: its SHA-256 differs. "
-                         f"Say where that one is with --init_from")
+                      "encoder": {"path": str(folder.resolve()), "sha256": sha256(folder)}}
+    else:
+        check_encoder(folder, checkpoint, args.resume or args.eval_only)
     if not args.eval_only:
         fit(model, data, metrics, args, precision, checkpoint)
-    load_weights(model, checkpoint["weights"])
+    model.load_state_dict(checkpoint["weights"], strict=False)
     figures = {name: evaluate(model, data[name], metrics, args.batch_size, precision) for name in data if name != "train"}
     if not args.eval_only:
         checkpoint["results"] = figures

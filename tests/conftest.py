@@ -20,7 +20,7 @@ WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the a cat dog bird sees sleeps not warm 
 
 
 def hf_state(model_type, classifier):
-    """Weights anyone can make again: sines of a counter, scaled."""
+    """Weights anyone can make again: sines of a squared counter, scaled."""
     positions = {"bert": 16, "roberta": 18}[model_type]
     shapes = {"embeddings.word_embeddings.weight": (len(WORDS), 8), "embeddings.position_embeddings.weight": (positions, 8),
               "embeddings.token_type_embeddings.weight": (2, 8), "embeddings.LayerNorm.weight": (8,), "embeddings.LayerNorm.bias": (8,)}
@@ -34,7 +34,7 @@ def hf_state(model_type, classifier):
     state, start = {}, 0
     for name, shape in shapes.items():
         n = torch.Size(shape).numel()
-        wave = torch.sin(torch.arange(start, start + n, dtype=torch.float64)) * (0.5 if len(shape) > 1 else 0.1)
+        wave = torch.sin(torch.arange(start, start + n, dtype=torch.float64) ** 2) * (0.5 if len(shape) > 1 else 0.1)
         state[name] = (wave + name.endswith("LayerNorm.weight")).float().view(shape)
         start += n
     return state

@@ -10,7 +10,7 @@ from conftest import hf_state, write_encoder
 from model import Config, Transformer, read_safetensors
 
 # transformers.BertForSequenceClassification and RobertaForSequenceClassification, on conftest's weights
-LOGITS = {"bert": [[0.060267, 0.002682], [0.054797, -0.051764]], "roberta": [[0.001954, -0.161187], [0.03513, -0.152356]]}
+LOGITS = {"bert": [[0.260298, -0.920873], [0.915708, -0.847392]], "roberta": [[-0.220207, -1.34343], [-0.161204, -1.503876]]}
 
 
 def padded_batch(pad):

@@ -1,0 +1,223 @@
+"""The analysis against its formulas, numpy's reckoning, and the command line."""
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_encoder
+
+import analyze
+import train
+from analyze import conversion_matrices, subspace_similarity
+from test_data import write_task
+
+
+def gaussian(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_phi_is_one_for_the_same_subspace_whatever_the_basis_and_zero_for_orthogonal_ones():
+    X = gaussian(20, 4)
+    assert subspace_similarity(X, X @ gaussian(4, 4, seed=1), 4, 4) == pytest.approx(1)
+    Q = torch.linalg.qr(gaussian(20, 8))[0]
+    assert subspace_similarity(Q[:, :4] @ gaussian(4, 4), Q[:, 4:] @ gaussian(4, 4, seed=1), 4, 4) == pytest.approx(0, abs=1e-12)
+    assert subspace_similarity(Q[:, :4] @ gaussian(4, 4), Q, 4, 8) == pytest.approx(1)       # one spans the other
+
+
+def test_phi_of_random_subspaces_is_about_j_over_d():
+    d, i, j = 64, 4, 8
+    values = [subspace_similarity(gaussian(d, i, seed=s), gaussian(d, j, seed=1000 + s), i, j) for s in range(200)]
+    assert np.mean(values) == pytest.approx(j / d, rel=0.05)
+
+
+def test_phi_is_the_lora_papers_formula_on_either_side():
+    X, Y = gaussian(9, 5).numpy(), gaussian(9, 5, seed=1).numpy()
+    (U, _, Vh), (P, _, Qh) = np.linalg.svd(X), np.linalg.svd(Y)
+    assert subspace_similarity(X, Y, 2, 3) == pytest.approx(np.linalg.norm(U[:, :2].T @ P[:, :3]) ** 2 / 2)
+    assert subspace_similarity(X, Y, 2, 3, side="right") == pytest.approx(np.linalg.norm(Vh[:2] @ Qh[:3].T) ** 2 / 2)
+    for i, j, words in ((0, 1, "i is 0"), (1, 6, "j is 6: a matrix of shape .9, 5. has 5")):
+        with pytest.raises(ValueError, match=words):
+            subspace_similarity(X, Y, i, j)
+    with pytest.raises(ValueError, match="lengths 9 and 8"):
+        subspace_similarity(X, Y[:8], 1, 1)
+
+
+def test_conversion_matrices_turn_w0_into_the_factors():
+    W0, A, B = gaussian(12, 12), gaussian(3, 12, seed=1), gaussian(12, 3, seed=2)
+    C = conversion_matrices(W0.float(), A, B)
+    W0 = W0.float().double()
+    assert torch.allclose(W0 @ C["A"], A.T) and torch.allclose(W0 @ C["B"], B) and torch.allclose(W0 @ C["BA"], B @ A)
+    assert {c.dtype for c in C.values()} == {torch.float64}
+
+
+def test_condloras_conversion_matrix_is_theta():
+    W0, theta_A, theta_B = gaussian(12, 12), gaussian(3, 12, seed=1), gaussian(3, 12, seed=2)
+    C = conversion_matrices(W0, (W0 @ theta_A.T).T, W0 @ theta_B.T)
+    assert torch.allclose(C["A"], theta_A.T) and torch.allclose(C["B"], theta_B.T)
+
+
+@pytest.mark.parametrize("shape, rank_of_W0", [((12, 12), 9), ((16, 12), 12), ((12, 16), 12)])
+def test_singular_and_rectangular_weights_go_through_numpys_least_squares(shape, rank_of_W0):
+    d_out, d_in = shape
+    W0 = gaussian(d_out, rank_of_W0) @ gaussian(rank_of_W0, d_in, seed=1)
+    A, B = gaussian(3, d_in, seed=2), gaussian(d_out, 3, seed=3)
+    C = conversion_matrices(W0, A, B)
+    C_B = np.linalg.lstsq(W0.numpy(), B.numpy(), rcond=None)[0]
+    assert np.allclose(C["A"], np.linalg.lstsq((W0 if d_out == d_in else W0.T).numpy(), A.T.numpy(), rcond=None)[0])
+    assert np.allclose(C["B"], C_B) and np.allclose(C["BA"], C_B @ A.numpy())
+
+
+# The command line ----------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def checkpoint(tmp_path, monkeypatch, bert_folder):
+    """checkpoint(method, ...) trains a little one and returns its file."""
+    monkeypatch.chdir(tmp_path)
+    write_task(tmp_path / "glue", "sst2", [f"the cat {('not ' * (i % 3))}sleeps\t{i % 2}" for i in range(30)])
+
+    def make(method, *more, out=None):
+        out = out or f"{method}.pt"
+        train.main(["--task", "sst2", "--init_from", str(bert_folder), "--data_dir", str(tmp_path / "glue"), "--device", "cpu", "--epochs", "1",
+                    "--rank", "3", "--lr", "0.02", "--method", method, "--out", out, *more])
+        return tmp_path / out
+    return make
+
+
+def run(capsys, *arguments):
+    capsys.readouterr()
+    analyze.main([str(a) for a in arguments])
+    return capsys.readouterr().out
+
+
+def fails(capsys, *arguments):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        analyze.main([str(a) for a in arguments])
+    error = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len([line for line in error if line]) == 1
+    return error[-1]
+
+
+@pytest.mark.parametrize("i, j, side", [(3, 3, "left"), (1, 2, "left"), (2, 2, "right")])
+def test_the_tables_figures_are_a_ten_line_numpy_reckoning(checkpoint, capsys, bert_folder, i, j, side):
+    file = checkpoint("lora")
+    run(capsys, file, "--i", i, "--j", j, "--side", side, "--json", "out.json")
+    weights = {name: w.double().numpy() for name, w in torch.load(file, weights_only=True)["weights"].items()}
+    encoder = torch.load(bert_folder / "pytorch_model.bin", weights_only=True)
+    result = json.load(open("out.json"))
+    for target in ("query", "value"):
+        C = {"A": [], "B": [], "BA": []}
+        raw = {"A": [], "B": [], "BA": []}
+        for layer in range(2):
+            W0 = encoder[f"bert.encoder.layer.{layer}.attention.self.{target}.weight"].double().numpy()
+            A, B = (weights[f"layers.{layer}.attention.{target}.{x}"] for x in "AB")
+            for name, X in (("A", A.T), ("B", B), ("BA", B @ A)):
+                C[name].append(np.linalg.solve(W0, X))
+                raw[name].append(X)
+            assert result["condition"][target][layer] == pytest.approx(np.linalg.cond(W0))
+        for name in C:
+            for kind, matrices in (("trained", C), ("raw", raw)):
+                U, V = ([np.linalg.svd(X)[0 if side == "left" else 2] for X in matrices[name]])
+                U, V = (U, V) if side == "left" else (U.T, V.T)
+                pairs = [np.linalg.norm(U[:, :i].T @ V[:, :j]) ** 2 / min(i, j), np.linalg.norm(V[:, :i].T @ U[:, :j]) ** 2 / min(i, j)]
+                assert result["likeness"][target][name][kind] == pytest.approx(np.mean(pairs), abs=1e-8)
+
+
+def test_the_controls_draws_are_kaiming_and_gaussian_through_the_same_w0(checkpoint, capsys):
+    run(capsys, checkpoint("lora"), "--json", "out.json")
+    row = json.load(open("out.json"))["likeness"]["query"]["A"]
+    assert 0 < row["control"][1] and 0 < row["random"][1]
+    assert row["distance"] == pytest.approx((row["trained"] - row["control"][0]) / row["control"][1])
+    # random subspaces of dimension 3 in 8: 3 / 8 on average
+    assert row["random"][0] == pytest.approx(3 / 8, abs=0.15)
+
+
+def test_amplification_is_the_lora_papers(checkpoint, capsys, bert_folder):
+    file = checkpoint("lora", "--alpha", "6")
+    run(capsys, file, "--json", "out.json")
+    weights = torch.load(file, weights_only=True)["weights"]
+    W0 = torch.load(bert_folder / "pytorch_model.bin", weights_only=True)["bert.encoder.layer.1.attention.self.value.weight"].double().numpy()
+    delta = 6 / 3 * (weights["layers.1.attention.value.B"].double() @ weights["layers.1.attention.value.A"].double()).numpy()
+    U, S, Vh = np.linalg.svd(delta)
+    row = json.load(open("out.json"))["amplification"]["value"][1]
+    assert row["delta"] == pytest.approx(np.linalg.norm(delta)) and row["W0"] == pytest.approx(np.linalg.norm(W0))
+    assert row["kept"] == pytest.approx(np.linalg.norm(U[:, :3].T @ W0 @ Vh[:3].T))
+    assert row["factor"] == pytest.approx(row["delta"] / row["kept"])
+
+
+def test_the_picture_is_xml_with_a_cell_for_each_pair_of_layers(checkpoint, capsys, tmp_path):
+    out = run(capsys, checkpoint("lora"))
+    assert f"picture: {tmp_path / 'lora.svg'}" in out
+    tree = ElementTree.parse("lora.svg")
+    cells = [e for e in tree.iter("{http://www.w3.org/2000/svg}rect") if e.get("class") == "cell"]
+    assert len(cells) == 2 * 3 * 2 * 2 * 2                # targets, matrices, trained and control, pairs of two layers
+    assert all(0 <= float(re.search(r"[\d.]+$", cell[0].text)[0]) <= 1 + 1e-4 for cell in cells)
+    run(capsys, "lora.pt", "--svg", "other.svg")
+    assert (tmp_path / "other.svg").is_file()
+
+
+def test_a_condlora_checkpoint_has_one_conversion_matrix_in_every_layer(checkpoint, capsys):
+    out = run(capsys, checkpoint("condlora"), "--json", "out.json")
+    found = json.load(open("out.json"))["theta"]
+    theta = torch.load("condlora.pt", weights_only=True)["weights"]["condlora.value_8x8.theta_B"]
+    assert all(row["largest_deviation"] < 1e-9 for rows in found.values() for row in rows.values())
+    assert found["value"]["B"]["singular_values"] == pytest.approx(np.linalg.svd(theta.double().numpy())[1].tolist())
+    assert "largest deviation" in out and "picture" not in out
+
+
+def test_two_checkpoints_compare_in_either_order(checkpoint, capsys):
+    lora, condlora = checkpoint("lora"), checkpoint("condlora")
+    found = []
+    for one, two in ((lora, condlora), (condlora, lora), (lora, lora)):
+        run(capsys, one, "--compare", two, "--json", "out.json")
+        found.append(json.load(open("out.json"))["compare"]["targets"]["query"])
+    assert found[0]["A"]["phi"] == pytest.approx(found[1]["A"]["phi"]) and 0 < found[0]["C_B"]["phi"] < 1
+    assert {which: row["phi"] for which, row in found[2].items()} == pytest.approx(dict.fromkeys(("A", "B", "dW", "C_A", "C_B"), 1))
+    weights = torch.load(lora, weights_only=True)["weights"]
+    theta = torch.load(condlora, weights_only=True)["weights"]["condlora.query_8x8.theta_A"]
+    model = torch.load(lora, weights_only=True)["encoder"]["path"]
+    encoder = torch.load(f"{model}/pytorch_model.bin", weights_only=True)
+    by_hand = [subspace_similarity(torch.linalg.solve(encoder[f"bert.encoder.layer.{l}.attention.self.query.weight"].double(),
+                                                      weights[f"layers.{l}.attention.query.A"].T.double()), theta.T, 3, 3) for l in range(2)]
+    assert found[0]["C_A"]["phi"] == pytest.approx(np.mean(by_hand))
+
+
+def test_rectangular_targets_are_marked_as_least_squares(checkpoint, capsys):
+    out = run(capsys, checkpoint("lora", "--targets", "fc1", "query"), "--json", "out.json")
+    assert json.load(open("out.json"))["least_squares"] == {"query": [], "fc1": [0, 1]}
+    assert "* rectangular or singular: least squares" in out
+    out = run(capsys, checkpoint("condlora", "--targets", "fc1", "fc2"), "--json", "out.json")
+    assert set(json.load(open("out.json"))["theta"]) == {"fc1", "fc2"}
+
+
+def test_the_verdict_follows_the_figures():
+    row = lambda trained, control: {"trained": trained, "control": (control, 0.001), "random": (0.02, 0.001), "distance": (trained - control) / 0.001}
+    assert "the likeness is W0's" in analyze.verdict({"value": {"A": row(0.05, 0.0495)}})
+    assert "beyond" not in (text := analyze.verdict({"value": {"A": row(0.06, 0.04)}})) and "value A (50% of its likeness)" in text
+    assert "No conversion matrices" in analyze.verdict({"value": {"A": row(0.021, 0.0205)}})
+    assert "Less alike than the control: value A" in analyze.verdict({"value": {"A": row(0.03, 0.05)}})
+
+
+def test_a_mistake_gets_one_line_and_exit_status_2(checkpoint, capsys, tmp_path, bert_folder):
+    lora = checkpoint("lora")
+    (tmp_path / "not.pt").write_text("x")
+    assert "not.pt is not a checkpoint" in fails(capsys, "not.pt")
+    assert "no checkpoint gone.pt" in fails(capsys, "gone.pt")
+    assert "--method head, which has no A and B: train one with --method lora or condlora" in fails(capsys, checkpoint("head"))
+    assert "--method full" in fails(capsys, checkpoint("full"))
+    assert "--i is 4: A and B of rank 3" in fails(capsys, lora, "--i", 4)
+    assert "--j is -1" in fails(capsys, lora, "--j", -1)
+    assert "of different shapes: query of 2 layers 8x8 rank 3" in fails(capsys, lora, "--compare", checkpoint("lora", "--rank", "2", out="two.pt"))
+    assert "--svg shows pairs" in fails(capsys, checkpoint("condlora"), "--svg", "x.svg")
+    assert "--device tpu is not there: use" in fails(capsys, lora, "--device", "tpu")
+    assert "invalid choice: 'top'" in fails(capsys, lora, "--side", "top")
+    moved = bert_folder.rename(tmp_path / "moved")
+    assert "not at" in (line := fails(capsys, lora)) and "--init_from" in line
+    assert "mean phi" in run(capsys, lora, "--init_from", moved)
+    state = torch.load(moved / "pytorch_model.bin", weights_only=True)
+    state["bert.embeddings.LayerNorm.bias"] += 1
+    write_encoder(moved, state=state)
+    assert "SHA-256 differs" in fails(capsys, lora, "--init_from", moved)
