@@ -9,6 +9,7 @@ CondLoRA  Kim et al. 2024, arXiv:2403.14946: A and B are linear functions of the
           and one pair of functions, theta_A and theta_B, serves all layers of a target. L layers, 1/L of the numbers.
 """
 
+import contextlib
 import math
 
 import torch
@@ -53,8 +54,10 @@ class LoRALinear(nn.Module):
         y = F.linear(x, self.weight, self.bias)
         if self.unmerged is not None:
             return y
-        A, B = self.factors()
-        return y + F.linear(F.linear(x, A) * self.scale, B)
+        A, B = (factor.to(y.dtype) for factor in self.factors())
+        h = F.linear(x, A)                                            # (..., r)
+        y.view(-1, self.out_features).addmm_(h.view(-1, self.rank), B.T, alpha=self.scale)        # y += s h B^T, where y lies
+        return y
 
     def extra_repr(self):
         return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, alpha={self.alpha}"
@@ -75,9 +78,10 @@ class Conversion(nn.Module):
         nn.init.kaiming_uniform_(self.theta_A, a=math.sqrt(5))
 
     def forward(self, W0):
-        square = W0.shape[0] == W0.shape[1]
-        A = ((W0 if square else W0.T) @ self.theta_A.T).T             # (r, d_in)
-        B = W0 @ self.theta_B.T                                       # (d_out, r)
+        theta_A, theta_B = self.theta_A.to(W0.dtype), self.theta_B.to(W0.dtype)
+        square = W0.shape[-2] == W0.shape[-1]
+        A = ((W0 if square else W0.mT) @ theta_A.T).mT                # (r, d_in), or (L, r, d_in) for L weights at once
+        B = W0 @ theta_B.T                                            # (d_out, r)
         return A, B
 
 
@@ -87,6 +91,7 @@ class CondLoRALinear(LoRALinear):
     def __init__(self, linear, rank, alpha, conversion):
         super().__init__(linear, rank, alpha)
         self.shared = (conversion,)       # in a tuple, which nn.Module does not look into: adapt registers it, once
+        self.made = None                  # A and B, within factors_at_once
 
     def add_parameters(self):
         pass
@@ -96,7 +101,7 @@ class CondLoRALinear(LoRALinear):
 
     def factors(self):
         """A (r, d_in) and B (d_out, r), made from W0."""
-        return self.shared[0](self.W0)
+        return self.made or self.shared[0](self.W0)
 
 
 def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.0):
@@ -143,6 +148,25 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
     if conversions:
         model.condlora = conversions
     return model
+
+
+@contextlib.contextmanager
+def factors_at_once(model):
+    """Within it, each conversion makes the factors of all its layers in one product instead of one a layer.
+
+    For a training step on a GPU, where many small products take longer than a large one. The weights must stay as they are.
+    """
+    layers = [layer for layer in adapted_layers(model) if isinstance(layer, CondLoRALinear)]
+    for conversion in {id(layer.shared[0]): layer.shared[0] for layer in layers}.values():
+        of_one = [layer for layer in layers if layer.shared[0] is conversion]
+        A, B = conversion(torch.stack([layer.W0 for layer in of_one]))
+        for layer, *made in zip(of_one, A.unbind(), B.unbind()):
+            layer.made = made
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.made = None
 
 
 @torch.no_grad()

@@ -118,7 +118,7 @@ class Head(nn.Module):
         self.dropout_first = config.model_type == "roberta"           # RoBERTa drops the dense layer's input too
 
     def forward(self, x):                                             # (B, T, d) -> (B, n_out)
-        x = x[:, 0]
+        x = x[:, 0].to(self.dense.weight.dtype)                       # the head may train in float32 on a bfloat16 encoder
         if self.dropout_first:
             x = self.dropout(x)
         return self.out(self.dropout(torch.tanh(self.dense(x))))
@@ -144,8 +144,10 @@ class Transformer(nn.Module):
         without it every position is attended to, padding too."""
         if input_ids.shape[1] > self.config.max_len:
             raise ValueError(f"{input_ids.shape[1]} tokens are more than the {self.config.max_len} positions of the model")
-        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         x = self.embeddings(input_ids, token_type_ids)
+        mask = None
+        if attention_mask is not None:                                # added to the scores: 0, or so low that softmax gives 0
+            mask = torch.zeros_like(attention_mask, dtype=x.dtype).masked_fill_(attention_mask == 0, torch.finfo(x.dtype).min)[:, None, None, :]
         for layer in self.layers:
             x = layer(x, mask)
         return x

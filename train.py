@@ -9,6 +9,7 @@ GLUE's dev set, seen once at the end, is the test. Figures are percentages.
 """
 
 import argparse
+import contextlib
 import os
 import shutil
 import sys
@@ -19,14 +20,19 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")           # cuBLAS g
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from condlora import adapt, adapter_parameters
+from condlora import adapt, adapter_parameters, factors_at_once
 from data import glue, tokenizer, toy
 from model import Config, Transformer, check_encoder, load_checkpoint, sha256
 
 DATA = Path(__file__).resolve().parent / "data"
+
+# torchrun starts WORLD processes, of which number 0 talks and writes. A batch is shared out among them: the weights come out the same.
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+TALKS = RANK == 0
 
 # What the options are where the command line does not say. Chosen on the validation sets of the toy tasks and of GLUE.
 LEARNING_RATE = {"toy": {"condlora": 8e-3, "lora": 4e-3, "full": 1e-3, "head": 1e-2},
@@ -58,6 +64,8 @@ def arguments(argv):
     add("--device", help="cuda, cpu or mps; default the best there is")
     add("--dtype", choices=("float32", "bfloat16"), help="of matrix products; weights stay float32. Default bfloat16 on cuda, else float32")
     add("--pretrain_steps", type=positive(int), default=1500, help="steps of pretraining where the toy encoder is not there yet")
+    add("--no_graphs", action="store_true", help="on cuda, launch every kernel of every step instead of replaying CUDA graphs")
+    add("--compile", action="store_true", help="torch.compile the encoder: about a minute to start, a faster step for long runs")
     add("--out", default=Path("ckpt.pt"), type=Path, help="checkpoint to write; default ckpt.pt")
     add("--resume", type=Path, metavar="CKPT", help="go on with the interrupted run that wrote this checkpoint")
     add("--eval_only", type=Path, metavar="CKPT", help="report the figures of this checkpoint; nothing is trained or written")
@@ -98,34 +106,51 @@ def share(text):
 
 def pick_device(name):
     there = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + ["cuda"] * torch.cuda.is_available()
-    if name is None:
-        return torch.device(there[-1])
+    name = name or there[-1]
     if name.partition(":")[0] not in there:
         raise ValueError(f"--device {name} is not there: use {' or '.join(reversed(there))}")
+    if WORLD > 1 and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
     return torch.device(name)
+
+
+def be_deterministic(device):
+    """The same seed gives the same numbers; on an H100 that costs a step about 6% of its time, in attention's backward pass."""
+    if device.type != "mps":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 # Data ----------------------------------------------------------------------------------------------------------------
 
 class Encoded:
-    """A split's token ids, padded, on the device; batches are cut from it there, only as wide as their longest row."""
+    """A split's token ids, padded, on the device from the start; batches are cut from it there.
+
+    On CUDA rows count as long as the next multiple of 8, so that batches have few different widths.
+    """
 
     def __init__(self, split, tok, max_len, device):
-        rows = [tok.encode(*text, max_len=max_len) for text in tqdm(split.texts, "tokenizing", leave=False, delay=2)]
-        self.lengths = np.array([len(input_ids) for input_ids, _ in rows])
+        rows = [tok.encode(*text, max_len=max_len) for text in tqdm(split.texts, "tokenizing", leave=False, delay=2, disable=not TALKS)]
+        real = np.array([len(input_ids) for input_ids, _ in rows])
+        multiple = 8 if device.type == "cuda" else 1
+        self.lengths = -(-real // multiple) * multiple
         shape = len(rows), self.lengths.max()
         input_ids, token_type_ids = np.full(shape, tok.pad_id), np.zeros(shape, np.int64)
         for i, (ids, types) in enumerate(rows):
             input_ids[i, :len(ids)], token_type_ids[i, :len(ids)] = ids, types
-        real = np.arange(shape[1]) < self.lengths[:, None]
-        self.inputs = [torch.from_numpy(x).to(device) for x in (input_ids, token_type_ids, real)]
+        mask = np.arange(shape[1]) < real[:, None]
+        self.inputs = [torch.from_numpy(x).to(device) for x in (input_ids, token_type_ids, mask)]
         self.labels = torch.tensor(split.labels, device=device)
 
-    def batch(self, rows):
-        """((input_ids, token_type_ids, attention_mask), labels) of the rows numbered in the array `rows`."""
-        width = self.lengths[rows].max()
-        rows = torch.from_numpy(rows).to(self.labels.device)
+    def batch(self, rows, width):
+        """((input_ids, token_type_ids, attention_mask), labels) of the rows numbered in the tensor `rows`, `width` tokens wide."""
         return [x[rows, :width] for x in self.inputs], self.labels[rows]
+
+    def batches(self, order):
+        """(rows on the device, width) of each batch in `order`, a list of arrays of row numbers; all go there in one copy."""
+        there = torch.from_numpy(np.concatenate(order)).to(self.labels.device).split([len(rows) for rows in order])
+        return [(rows, int(self.lengths[numbers].max())) for rows, numbers in zip(there, order)]
 
 
 def shuffled_batches(lengths, size, seed):
@@ -179,9 +204,10 @@ def pretrain(config, tok, steps, device, batch_size=64, lr=3e-3, masked=0.2):
     corpus = Encoded(glue.Split(toy.corpus(20000), [0] * 20000), tok, config.max_len, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     rng = np.random.default_rng(0)
-    bar = tqdm(range(steps), f"pretraining the toy encoder, once, on {device}")
+    bar = tqdm(range(steps), f"pretraining the toy encoder, once, on {device}", disable=not TALKS)
     for step in bar:
-        (input_ids, *rest), _ = corpus.batch(rng.integers(len(corpus.lengths), size=batch_size))
+        [(rows, width)] = corpus.batches([rng.integers(len(corpus.lengths), size=batch_size)])
+        (input_ids, *rest), _ = corpus.batch(rows, width)
         words = (input_ids != tok.pad_id) & (input_ids != tok.cls_id) & (input_ids != tok.sep_id)
         hidden = (torch.rand(input_ids.shape, device=device) < masked) & words
         states = model.encode(input_ids.masked_fill(hidden, tok.mask_id), *rest)
@@ -205,22 +231,99 @@ def schedule(step, steps, warmup):
 
 @torch.inference_mode()
 def evaluate(model, data, metrics, batch_size, precision):
+    """The metrics of a split. Its batches, eight times the training ones, are shared out among the processes."""
     model.eval()
     order = np.argsort(data.lengths, kind="stable")
-    outputs = []
-    for i in range(0, len(order), batch_size):
-        inputs, _ = data.batch(order[i:i + batch_size])
-        with precision():
-            outputs.append(model(*inputs))
-    outputs = torch.cat(outputs).float()
+    order = [order[i:i + 8 * batch_size] for i in range(0, len(order), 8 * batch_size)]
+    outputs = torch.zeros(len(data.labels), model.config.n_out, device=data.labels.device)
+    for rows, width in data.batches(order)[RANK::WORLD]:
+        with precision(), factors_at_once(model):
+            outputs[rows] = model(*data.batch(rows, width)[0]).float()
+    if WORLD > 1:
+        dist.all_reduce(outputs)
     predictions = outputs.argmax(1) if outputs.shape[1] > 1 else outputs[:, 0]
-    return metrics(predictions.cpu().numpy(), data.labels.cpu().numpy()[order])
+    return metrics(predictions.cpu().numpy(), data.labels.cpu().numpy())
 
 
 def loss_of(logits, labels):
-    if logits.shape[1] == 1:                                          # STS-B, a regression
-        return F.mse_loss(logits[:, 0].float(), labels)
-    return F.cross_entropy(logits.float(), labels)
+    """The sum over the batch of cross entropy, or, of a single output (STS-B), of squared errors."""
+    if logits.shape[1] == 1:
+        return F.mse_loss(logits[:, 0].float(), labels, reduction="sum")
+    return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+class Trainer:
+    """Takes training steps. On CUDA each shape of batch becomes a CUDA graph: the GPU repeats a recorded step without being told its
+    thousand kernels one by one, which for small batches takes longer than the arithmetic.
+
+    The first batch of a shape runs as it is, which also sets up what CUDA and torch.compile set up at first use; the second is recorded
+    and, like those after it, replayed. A recorded step reads its row numbers and the learning rate from the same place each time.
+    """
+
+    def __init__(self, model, data, args, precision):
+        self.model, self.data, self.precision = model, data, precision
+        device = data.labels.device
+        self.on_cuda = device.type == "cuda"
+        self.graphs = {} if self.on_cuda and not args.no_graphs else None
+        self.forward = torch.compile(model, dynamic=False) if args.compile else model
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        lr = torch.tensor(args.lr, device=device) if self.on_cuda else args.lr
+        self.optimizer = torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay, fused=self.on_cuda, capturable=self.on_cuda)
+        # all gradients lie in one vector: one kernel zeroes it, one call sums it over processes
+        self.gradient = torch.zeros(sum(p.numel() for p in parameters), device=device)
+        for p, part in zip(parameters, self.gradient.split([p.numel() for p in parameters])):
+            p.grad = part.view_as(p)
+        self.loss = torch.zeros((), device=device)                    # summed over an epoch's rows
+
+    def step(self, rows, width, lr):
+        """One step on the rows of the batch, of which this process takes its share."""
+        n, rows = len(rows), rows[RANK::WORLD]
+        group = self.optimizer.param_groups[0]
+        if self.on_cuda:
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+        shape = len(rows), width, n
+        if self.graphs is None:
+            self.compute(rows, width, n)
+        elif shape not in self.graphs:
+            self.graphs[shape] = None
+            self.on_the_side(lambda: self.compute(rows, width, n))
+        else:
+            if self.graphs[shape] is None:
+                self.graphs[shape] = self.record(rows, width, n)
+            graph, its_rows = self.graphs[shape]
+            its_rows.copy_(rows)
+            graph.replay()
+        if WORLD > 1:
+            dist.all_reduce(self.gradient)
+            self.optimizer.step()
+
+    def compute(self, rows, width, n):
+        self.gradient.zero_()
+        if len(rows):
+            inputs, labels = self.data.batch(rows, width)
+            with self.precision(), factors_at_once(self.model):
+                loss = loss_of(self.forward(*inputs), labels)
+            (loss / n).backward()
+            self.loss += loss.detach()
+        if WORLD == 1:                                                # else the gradient is to be summed first, outside of the graph
+            self.optimizer.step()
+
+    def record(self, rows, width, n):
+        graph, its_rows = torch.cuda.CUDAGraph(), rows.clone()
+        pool = next((made[0].pool() for made in self.graphs.values() if made), None)     # graphs run in turn: they share memory
+        with torch.cuda.graph(graph, pool=pool):
+            self.compute(its_rows, width, n)
+        return graph, its_rows
+
+    def on_the_side(self, work):
+        """On another stream than the usual, as CUDA wants it of what will be recorded later."""
+        stream, usual = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(usual)
+        with torch.cuda.stream(stream):
+            work()
+        usual.wait_stream(stream)
 
 
 def trained_weights(model):
@@ -230,6 +333,8 @@ def trained_weights(model):
 
 def save(checkpoint, file):
     """Written beside and renamed, so that a run that is stopped leaves the checkpoint before it."""
+    if not TALKS:
+        return
     partial = file.with_name(file.name + ".part")
     torch.save(checkpoint, partial)
     os.replace(partial, file)
@@ -258,45 +363,55 @@ def build(args, folder, n_out):
     return model
 
 
+def choose_precision(model, args, device):
+    """A function that makes the context for forward passes, in args.dtype.
+
+    bfloat16 with a frozen encoder: its weights are kept in bfloat16, as they are only ever used so, which halves the memory and leaves
+    nothing to cast in a step. What trains stays float32. Where every weight trains, autocast casts.
+    """
+    if args.dtype == "bfloat16" and args.method == "full":
+        return lambda: torch.autocast(device.type, torch.bfloat16)
+    if args.dtype == "bfloat16":
+        for p in model.parameters():
+            if not p.requires_grad:
+                p.data = p.data.to(torch.bfloat16)
+    return contextlib.nullcontext
+
+
 def text_of(figures):
     return ", ".join(f"{name} {100 * value:.1f}" for name, value in figures.items())
 
 
 def fit(model, data, metrics, args, precision, checkpoint):
     """Train for args.epochs epochs, or for those that `checkpoint` lacks; it is completed and written after each one."""
-    device = data["train"].labels.device
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], args.lr, weight_decay=args.weight_decay)
+    device, n = data["train"].labels.device, len(data["train"].labels)
+    trainer = Trainer(model, data["train"], args, precision)
     history = checkpoint["history"]
     if history:
         model.load_state_dict(checkpoint["last"], strict=False)       # the frozen weights are there already
-        optimizer.load_state_dict(checkpoint["optimizer"])
+        trainer.optimizer.load_state_dict(checkpoint["optimizer"])
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         if device.type == "cuda" and "cuda" in checkpoint["rng"]:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], device)
     else:
-        torch.manual_seed(args.seed)
+        torch.manual_seed(args.seed + RANK)                           # of dropout
     score = lambda epoch: next(iter(epoch["validation"].values()))    # the task's main metric
-    n = len(data["train"].lengths)
     per_epoch = -(-n // args.batch_size)
     step, steps = len(history) * per_epoch, args.epochs * per_epoch
-    bar = tqdm(total=steps, initial=step, desc=f"{args.task} {args.method}")
+    bar = tqdm(total=steps, initial=step, desc=f"{args.task} {args.method}", disable=not TALKS)
     for epoch in range(len(history) + 1, args.epochs + 1):
         model.train()
-        began, total = time.perf_counter(), torch.zeros((), device=device)
-        for rows in shuffled_batches(data["train"].lengths, args.batch_size, [args.seed, epoch]):
-            inputs, labels = data["train"].batch(rows)
-            optimizer.param_groups[0]["lr"] = args.lr * schedule(step, steps, args.warmup)
-            with precision():
-                loss = loss_of(model(*inputs), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.detach() * len(rows)
-            step += 1
+        began, seen = time.perf_counter(), 0
+        trainer.loss.zero_()
+        for rows, width in trainer.data.batches(shuffled_batches(trainer.data.lengths, args.batch_size, [args.seed, epoch])):
+            trainer.step(rows, width, args.lr * schedule(step, steps, args.warmup))
+            step, seen = step + 1, seen + len(rows)
             bar.update()
-            if step % 50 == 0:                                        # seldom: reading the loss waits for the device
-                bar.set_postfix(loss=f"{loss.item():.3f}")
-        mean_loss = total.item() / n
+            if TALKS and step % 100 == 0:                             # seldom: reading the loss waits for the device
+                bar.set_postfix(loss=f"{trainer.loss.item() / -(-seen // WORLD):.3f}")
+        if WORLD > 1:
+            dist.all_reduce(trainer.loss)
+        mean_loss = trainer.loss.item() / n
         seconds = time.perf_counter() - began
         if not np.isfinite(mean_loss):
             raise ValueError(f"the loss is {mean_loss} in epoch {epoch}: try --lr lower than {args.lr:g}")
@@ -305,11 +420,12 @@ def fit(model, data, metrics, args, precision, checkpoint):
         best = max(history, key=score)                                # the first of equals
         if best["epoch"] == epoch:
             checkpoint["weights"] = trained_weights(model)
-        checkpoint |= {"last": trained_weights(model), "optimizer": optimizer.state_dict(), "best_epoch": best["epoch"],
+        checkpoint |= {"last": trained_weights(model), "optimizer": trainer.optimizer.state_dict(), "best_epoch": best["epoch"],
                        "rng": {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})}
         save(checkpoint, args.out)
-        tqdm.write(f"epoch {epoch:2d}  loss {mean_loss:.3f}  validation {text_of(history[-1]['validation'])}"
-                   + ("  best so far" if best["epoch"] == epoch else ""))
+        if TALKS:
+            tqdm.write(f"epoch {epoch:2d}  loss {mean_loss:.3f}  validation {text_of(history[-1]['validation'])}"
+                       + ("  best so far" if best["epoch"] == epoch else ""))
         if args.patience and epoch - best["epoch"] >= args.patience:
             break
     bar.close()
@@ -318,6 +434,8 @@ def fit(model, data, metrics, args, precision, checkpoint):
 def run(argv):
     args, checkpoint = arguments(argv)
     device = pick_device(args.device)
+    if WORLD > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     kind = "toy" if args.task in toy.TASKS else "glue"
     args.lr = args.lr or LEARNING_RATE[kind][args.method]
@@ -326,14 +444,16 @@ def run(argv):
     if not args.out.absolute().parent.is_dir() or args.out.is_dir():
         raise ValueError(f"--out {args.out} cannot be written: it should be a file in a folder that exists")
     splits, n_out, metrics = load_task(args.task, args.data_dir)
+    if RANK:
+        dist.barrier()                                                # the first process may have to pretrain the toy encoder
     folder = find_encoder(args, device)
+    if WORLD > 1 and not RANK:
+        dist.barrier()
 
-    if device.type != "mps":
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-    precision = lambda: torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    be_deterministic(device)
     torch.manual_seed(args.seed)
     model = build(args, folder, n_out).to(device)
+    precision = choose_precision(model, args, device)
     tok = tokenizer.load(folder)
     if tok.vocab_size > model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, the model {model.config.vocab_size}")
@@ -341,7 +461,7 @@ def run(argv):
 
     if checkpoint is None:
         settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-                    if name not in ("device", "out", "resume", "eval_only")}
+                    if name not in ("device", "no_graphs", "compile", "out", "resume", "eval_only")}
         checkpoint = {"settings": settings, "task": args.task, "history": [], "config": vars(model.config),
                       "encoder": {"path": str(folder.resolve()), "sha256": sha256(folder)}}
     else:
@@ -364,7 +484,10 @@ def run(argv):
             *((name.replace("_", " "), text_of(values)) for name, values in figures.items()),
             ("best epoch", f"{checkpoint['best_epoch']} of {len(history)}"), ("training speed", f"{speed:,.0f} examples/s"),
             ("checkpoint", args.eval_only or args.out)]
-    print(*(f"{name:20}{value}" for name, value in rows), sep="\n")
+    if TALKS:
+        print(*(f"{name:20}{value}" for name, value in rows), sep="\n")
+    if WORLD > 1:
+        dist.destroy_process_group()
 
 
 def main(argv=None):

@@ -1,5 +1,6 @@
 """The command line, end to end: what a run prints, writes, and says when it cannot."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -227,3 +228,37 @@ def test_a_checkpoint_that_does_not_fit_is_said(little, capsys, tmp_path, bert_f
 def test_a_tokenizer_with_more_tokens_than_the_encoder_is_said(little, capsys, bert_folder):
     (bert_folder / "vocab.txt").write_text("\n".join([*WORDS, "more"]))
     assert "the tokenizer has 22 tokens, the model 21" in fails(little, capsys)
+
+
+def no_dropout(bert_folder):
+    write_encoder(bert_folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+
+@pytest.mark.parametrize("method", ["lora", "condlora"])
+def test_two_processes_get_the_weights_of_one(little, capsys, tmp_path, bert_folder, method):
+    """The same batches of 16, of which the last of an epoch is short and odd, shared out by torchrun over gloo."""
+    no_dropout(bert_folder)
+    run([*little, "--method", method, "--out", "one.pt"], capsys)
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *little,
+                           "--method", method, "--out", "two.pt"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("checkpoint") == 1           # one of the two talks
+    one, two = (torch.load(file, weights_only=True) for file in ("one.pt", "two.pt"))
+    assert all(torch.allclose(one["last"][name], two["last"][name], rtol=0, atol=1e-5) for name in one["last"])
+    assert one["results"] == two["results"]
+    assert [e["loss"] for e in one["history"]] == pytest.approx([e["loss"] for e in two["history"]], abs=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["lora", "condlora", "full", "head"])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
+def test_replayed_steps_are_the_plain_loops(little, capsys, bert_folder, method, dtype, tolerance):
+    no_dropout(bert_folder)
+    runs = []
+    for more in (["--no_graphs"], []):
+        run([*little, "--device", "cuda", "--epochs", "4", "--method", method, "--dtype", dtype, *more], capsys)
+        runs.append(torch.load("ckpt.pt", weights_only=True))
+    plain, graph = runs
+    assert [e["loss"] for e in graph["history"]] == pytest.approx([e["loss"] for e in plain["history"]], abs=tolerance)
+    assert all(torch.allclose(graph["last"][name], w, atol=tolerance) for name, w in plain["last"].items())
