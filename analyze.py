@@ -233,17 +233,25 @@ def theta_check(factors):
 
 
 def comparison(one, two, i, j):
-    """{matrix: (mean over layers of phi between two checkpoints, the same for random matrices: mean and deviation)}."""
-    def vectors(f, which):
-        U, _, _ = thin_svd(f.B, f.A)
-        return {"A": singular_vectors(f.A, "right"), "B": singular_vectors(f.B, "left"), "dW": U,
-                "C_A": singular_vectors(f.C_A, "left"), "C_B": singular_vectors(f.C_B, "left")}[which]
+    """{matrix: the mean over layers of phi between two checkpoints, and mean and deviation of the same between random matrices and, of
+    conversion matrices, between untrained ones}. A's are right singular vectors, the others' left."""
+    def vectors(f):
+        return {"A": singular_vectors(f.A, "right"), "B": singular_vectors(f.B, "left"), "dW": thin_svd(f.B, f.A)[0],
+                "C_A": singular_vectors(f.C_A, "left"), "C_B": singular_vectors(f.C_B, "left")}
+
+    def untrained(f, k):                                              # CondLoRA's conversion matrices start as random ones, whatever W0 is
+        C_A, C_B, _ = f.random[k] if f.theta else f.control[k]
+        return {"C_A": singular_vectors(C_A, "left"), "C_B": singular_vectors(C_B, "left")}
     draw = torch.Generator().manual_seed(2)
+    X, Y = vectors(one), vectors(two)
+    drawn = [(untrained(one, k), untrained(two, (k + 1) % SEEDS)) for k in range(SEEDS)]          # not the same draw on both sides
     rows = {}
-    for which in ("A", "B", "dW", "C_A", "C_B"):
-        X, Y = vectors(one, which), vectors(two, which)
-        random = [[torch.linalg.qr(torch.randn(x.shape, generator=draw, dtype=torch.float64))[0] for x in (X, Y)] for _ in range(SEEDS)]
-        rows[which] = {"phi": phi(X, Y, i, j).mean().item(), "random": mean_and_deviation([phi(x, y, i, j).mean().item() for x, y in random])}
+    for name in X:
+        random = [[torch.linalg.qr(torch.randn(x[name].shape, generator=draw, dtype=torch.float64))[0] for x in (X, Y)] for _ in range(SEEDS)]
+        rows[name] = {"phi": phi(X[name], Y[name], i, j).mean().item(),
+                      "random": mean_and_deviation([phi(x, y, i, j).mean().item() for x, y in random])}
+        if name in ("C_A", "C_B"):
+            rows[name]["control"] = mean_and_deviation([phi(x[name], y[name], i, j).mean().item() for x, y in drawn])
     return rows
 
 
@@ -344,8 +352,9 @@ def analyze(args):
         result["compare"] = {"checkpoint": str(args.compare), "method": other["settings"]["method"],
                              "targets": {t: comparison(targets[t], others[t], i, j) for t in targets}}
         print(f"beside {args.compare} ({other['task']}, {other['settings']['method']}): phi between the two, mean over layers")
-        show(["", "between the two", "random"], [[f"{t} {which}", f"{row['phi']:.4f}", pm(row["random"])]
-                                                 for t, rows in result["compare"]["targets"].items() for which, row in rows.items()])
+        show(["", "between the two", "control (untrained)", "random"],
+             [[f"{t} {name}", f"{row['phi']:.4f}", pm(row["control"]) if "control" in row else "", pm(row["random"])]
+              for t, rows in result["compare"]["targets"].items() for name, row in rows.items()])
     if settings["method"] == "lora":
         if len(next(iter(targets.values())).A) < 2:
             raise ValueError(f"{args.checkpoint} has adapted layers of one depth only: there are no pairs to compare")
