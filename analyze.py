@@ -87,8 +87,8 @@ def subspace_similarity(X, Y, i, j, side="left"):
 # What a checkpoint holds ---------------------------------------------------------------------------------------------
 
 class Factors:
-    """One target of a checkpoint, its L layers stacked, in float64: W0 (L, d_out, d_in), A (L, r, d_in), B (L, d_out, r), and C_A and C_B
-    with them. Everything that is solved with a W0, the untrained factors too, is solved at once."""
+    """One target of a checkpoint, its L layers stacked, in float64: W0 (L, d_out, d_in), A (L, r, d_in), B (L, d_out, r), and C_A
+    and C_B with them. Everything that is solved with a W0, the untrained factors too, is solved at once."""
 
     def __init__(self, layers, bar):
         self.W0 = torch.stack([layer.W0 for layer in layers])
@@ -131,7 +131,8 @@ def read(file, init_from, device):
     checkpoint = load_checkpoint(file)
     settings = checkpoint["settings"]
     if settings["method"] not in ("lora", "condlora"):
-        raise ValueError(f"{file} was trained with --method {settings['method']}, which has no A and B: train one with --method lora or condlora")
+        raise ValueError(f"{file} was trained with --method {settings['method']}, which has no A and B: "
+                         f"train one with --method lora or condlora")
     folder = Path(init_from or checkpoint["encoder"]["path"])
     if not folder.is_dir():
         raise FileNotFoundError(f"the encoder of {file} is not at {folder} any more: say where it is with --init_from")
@@ -200,31 +201,37 @@ def verdict(table):
     if not alike:
         text = "No conversion matrices are more alike across layers than random ones, by more than 3 deviations."
     elif not beyond:
-        text = (f"More alike across layers than random ones: {', '.join(alike)}; but untrained factors behind the same W0^-1 are as alike, "
-                f"within 3 deviations: the likeness is W0's, not training's.")
+        text = (f"More alike across layers than random ones: {', '.join(alike)}; but untrained factors behind the same W0^-1 are as "
+                f"alike, within 3 deviations: the likeness is W0's, not training's.")
     else:
-        text = (f"More alike across layers than random ones: {', '.join(alike)}. Training adds to what W0^-1 does by itself, by more than 3 "
-                f"deviations, in {', '.join(beyond)}; the rest of the likeness is W0's.")
+        text = (f"More alike across layers than random ones: {', '.join(alike)}. Training adds to what W0^-1 does by itself, by more "
+                f"than 3 deviations, in {', '.join(beyond)}; the rest of the likeness is W0's.")
     return text + (f" Less alike than the control: {', '.join(less)}." if less else "")
 
 
+def random_basis(shape, draw):
+    """Orthonormal columns (..., d, r) that span random subspaces."""
+    return torch.linalg.qr(torch.randn(shape, generator=draw, dtype=torch.float64))[0]
+
+
 def amplification(factors):
-    """A dict a layer: ||dW||_F, ||U^T W0 V||_F in dW's directions and in random ones, and the factors between (Hu et al. 2022, section 7.3)."""
+    """A dict a layer: ||dW||_F, ||U^T W0 V||_F in dW's directions and in random ones, and the factors between (Hu et al. 2022,
+    section 7.3)."""
     draw = torch.Generator().manual_seed(1)
     U, S, V = thin_svd(factors.scale * factors.B, factors.A)
     rows = []
     for W0, u, s, v in zip(factors.W0, U, S, V):
-        kept = (u.T @ W0 @ v).norm().item()
-        r = len(s)
-        bases = [[torch.linalg.qr(torch.randn(d, r, generator=draw, dtype=torch.float64))[0].to(W0.device) for d in W0.shape] for _ in range(SEEDS)]
+        delta, kept = s.norm().item(), (u.T @ W0 @ v).norm().item()
+        bases = [[random_basis((d, len(s)), draw).to(W0.device) for d in W0.shape] for _ in range(SEEDS)]
         at_random = sum((a.T @ W0 @ b).norm().item() for a, b in bases) / SEEDS
-        delta = s.norm().item()
-        rows.append({"delta": delta, "W0": W0.norm().item(), "kept": kept, "factor": delta / kept, "random": at_random, "random_factor": delta / at_random})
+        rows.append({"delta": delta, "W0": W0.norm().item(), "kept": kept, "factor": delta / kept,
+                     "random": at_random, "random_factor": delta / at_random})
     return rows
 
 
 def theta_check(factors):
-    """How well every layer's C_A and C_B are the one theta_A^T and theta_B^T, relative to its largest number, and theta's singular values."""
+    """How far every layer's C_A and C_B are from the one theta_A^T and theta_B^T, relative to its largest number, and theta's
+    singular values."""
     found = {}
     for name, C, theta in (("A", factors.C_A, factors.theta.theta_A), ("B", factors.C_B, factors.theta.theta_B)):
         found[name] = {"largest_deviation": ((C - theta.T).abs().max() / theta.abs().max()).item(),
@@ -247,7 +254,7 @@ def comparison(one, two, i, j):
     drawn = [(untrained(one, k), untrained(two, (k + 1) % SEEDS)) for k in range(SEEDS)]          # not the same draw on both sides
     rows = {}
     for name in X:
-        random = [[torch.linalg.qr(torch.randn(x[name].shape, generator=draw, dtype=torch.float64))[0] for x in (X, Y)] for _ in range(SEEDS)]
+        random = [[random_basis(x[name].shape, draw) for x in (X, Y)] for _ in range(SEEDS)]
         rows[name] = {"phi": phi(X[name], Y[name], i, j).mean().item(),
                       "random": mean_and_deviation([phi(x, y, i, j).mean().item() for x, y in random])}
         if name in ("C_A", "C_B"):
@@ -276,33 +283,39 @@ def svg(table, title):
     width, height = left + 6 * (side + gap), top + len(table) * (side + 72) + 46
     parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
              f'font-family="system-ui, sans-serif" font-size="13">',
-             "<style>.paper{fill:#ffffff} .ink{fill:#1f2328} @media (prefers-color-scheme: dark){.paper{fill:#0d1117} .ink{fill:#e6edf3}}</style>",
-             f'<rect class="paper" width="{width}" height="{height}"/>',
-             f'<text class="ink" x="{left}" y="28" font-size="17">{title}</text>',
-             f'<text class="ink" x="{left}" y="50">similarity of the conversion matrices of every two layers; control: the mean of '
-             f'{SEEDS} draws of untrained factors through the same W0\u207b\u00b9</text>']
-    for row, (target, rows) in enumerate(table.items()):
-        y0 = top + row * (side + 72) + 24
-        parts.append(f'<text class="ink" x="12" y="{y0 + side / 2}" font-size="15">{target}</text>')
-        for column, (name, kind) in enumerate((name, kind) for name in MATRICES for kind in ("map", "control_map")):
-            x0 = left + column * (side + gap) - (8 if kind == "control_map" else 0)
-            mean = rows[name]["trained"] if kind == "map" else rows[name]["control"][0]
-            label = f"{name} {'trained' if kind == 'map' else 'control'}, mean {mean:.3f}"
-            parts.append(f'<text class="ink" x="{x0}" y="{y0 - 8}">{label}</text>')
+             "<style>.paper{fill:#ffffff} .ink{fill:#1f2328} "
+             "@media (prefers-color-scheme: dark){.paper{fill:#0d1117} .ink{fill:#e6edf3}}</style>",
+             f'<rect class="paper" width="{width}" height="{height}"/>']
+
+    def write(x, y, text, size=13, anchor="start", fill=None):
+        ink = f'fill="{fill}"' if fill else 'class="ink"'
+        parts.append(f'<text {ink} x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}">{text}</text>')
+    write(left, 28, title, 17)
+    write(left, 50, f"similarity of the conversion matrices of every two layers; control: the mean of {SEEDS} draws of untrained factors "
+                    f"through the same W0\u207b\u00b9")
+    for number, (target, rows) in enumerate(table.items()):
+        y0 = top + number * (side + 72) + 24
+        write(12, y0 + side / 2, target, 15)
+        for column, (name, kind) in enumerate((name, kind) for name in MATRICES for kind in ("trained", "control")):
+            x0 = left + column * (side + gap) - (8 if kind == "control" else 0)
+            row = rows[name]
+            mean, values = (row["trained"], row["map"]) if kind == "trained" else (row["control"][0], row["control_map"])
+            write(x0, y0 - 8, f"{name} {kind}, mean {mean:.3f}")
             for a in range(L):
-                parts.append(f'<text class="ink" x="{x0 - 4}" y="{y0 + (a + 0.5) * cell + 4}" font-size="10" text-anchor="end">{a}</text>'
-                             f'<text class="ink" x="{x0 + (a + 0.5) * cell}" y="{y0 + side + 13}" font-size="10" text-anchor="middle">{a}</text>')
-                for b in range(L):
-                    value = rows[name][kind][a][b]
-                    ink = "#000000" if value > 0.6 else "#ffffff"
-                    text = f"{value:.2f}".lstrip("0") if value < 0.995 else "1"
-                    parts.append(f'<rect class="cell" x="{x0 + b * cell}" y="{y0 + a * cell}" width="{cell - 1}" height="{cell - 1}" fill="{colour(value)}">'
-                                 f"<title>{target} {label.split(',')[0]}, layers {a} and {b}: {value:.4f}</title></rect>"
-                                 f'<text x="{x0 + (b + 0.5) * cell - 0.5}" y="{y0 + (a + 0.5) * cell + 3.5}" font-size="10" text-anchor="middle" fill="{ink}">{text}</text>')
+                write(x0 - 4, y0 + (a + 0.5) * cell + 4, a, 10, "end")
+                write(x0 + (a + 0.5) * cell, y0 + side + 13, a, 10, "middle")
+                for b, value in enumerate(values[a]):
+                    parts.append(f'<rect class="cell" x="{x0 + b * cell}" y="{y0 + a * cell}" width="{cell - 1}" height="{cell - 1}" '
+                                 f'fill="{colour(value)}"><title>{target} {name} {kind}, layers {a} and {b}: {value:.4f}</title></rect>')
+                    write(x0 + (b + 0.5) * cell - 0.5, y0 + (a + 0.5) * cell + 3.5, f"{value:.2f}".lstrip("0") if value < 0.995 else "1",
+                          10, "middle", "#000000" if value > 0.6 else "#ffffff")
     y = height - 34
-    parts += [f'<rect x="{left + k * 2}" y="{y}" width="2.5" height="12" fill="{colour(k / 150)}"/>' for k in range(151)]
-    parts += [f'<text class="ink" x="{left + 300 * v}" y="{y + 27}" font-size="11" text-anchor="middle">{v:g}</text>' for v in (0, 0.25, 0.5, 0.75, 1)]
-    parts.append(f'<text class="ink" x="{left + 320}" y="{y + 11}">\u03c6: 0 orthogonal, 1 the same subspace; rows and columns are layers</text></svg>')
+    for k in range(151):
+        parts.append(f'<rect x="{left + k * 2}" y="{y}" width="2.5" height="12" fill="{colour(k / 150)}"/>')
+    for value in (0, 0.25, 0.5, 0.75, 1):
+        write(left + 300 * value, y + 27, f"{value:g}", 11, "middle")
+    write(left + 320, y + 11, "\u03c6: 0 orthogonal, 1 the same subspace; rows and columns are layers")
+    parts.append("</svg>")
     return "\n".join(parts)
 
 

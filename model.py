@@ -147,7 +147,8 @@ class Transformer(nn.Module):
         x = self.embeddings(input_ids, token_type_ids)
         mask = None
         if attention_mask is not None:                                # added to the scores: 0, or so low that softmax gives 0
-            mask = torch.zeros_like(attention_mask, dtype=x.dtype).masked_fill_(attention_mask == 0, torch.finfo(x.dtype).min)[:, None, None, :]
+            mask = torch.zeros_like(attention_mask, dtype=x.dtype).masked_fill_(attention_mask == 0, torch.finfo(x.dtype).min)
+            mask = mask[:, None, None, :]                             # (B, heads, queries, T)
         for layer in self.layers:
             x = layer(x, mask)
         return x
@@ -308,4 +309,5 @@ def sha256(folder):
 def check_encoder(folder, checkpoint, file):
     """Raise ValueError where `folder` does not hold the encoder that the checkpoint in `file` was trained on."""
     if sha256(folder) != checkpoint["encoder"]["sha256"]:
-        raise ValueError(f"{weights_file(folder)} is not the encoder of {file}: its SHA-256 differs. Say where that one is with --init_from")
+        raise ValueError(f"{weights_file(folder)} is not the encoder of {file}: its SHA-256 differs. "
+                         f"Say where that one is with --init_from")

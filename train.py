@@ -134,7 +134,7 @@ class Encoded:
         rows = [tok.encode(*text, max_len=max_len) for text in tqdm(split.texts, "tokenizing", leave=False, delay=2, disable=not TALKS)]
         real = np.array([len(input_ids) for input_ids, _ in rows])
         multiple = 8 if device.type == "cuda" else 1
-        self.lengths = -(-real // multiple) * multiple
+        self.lengths = np.minimum(-(-real // multiple) * multiple, max_len)
         shape = len(rows), self.lengths.max()
         input_ids, token_type_ids = np.full(shape, tok.pad_id), np.zeros(shape, np.int64)
         for i, (ids, types) in enumerate(rows):
@@ -349,7 +349,8 @@ def find_encoder(args, device):
         if folder.is_dir():
             args.init_from = str(folder.resolve())
             return folder
-    raise FileNotFoundError(f"no folder {name}, here or under {DATA / 'models'}: python data/download.py {name} fetches a model of that name")
+    raise FileNotFoundError(f"no folder {name}, here or under {DATA / 'models'}: "
+                            f"python data/download.py {name} fetches a model of that name")
 
 
 def build(args, folder, n_out):
@@ -389,7 +390,7 @@ def fit(model, data, metrics, args, precision, checkpoint):
     history = checkpoint["history"]
     if history:
         model.load_state_dict(checkpoint["last"], strict=False)       # the frozen weights are there already
-        trainer.optimizer.load_state_dict(checkpoint["optimizer"])
+        trainer.optimizer.load_state_dict(trainer.optimizer.state_dict() | {"state": checkpoint["optimizer"]})
         torch.set_rng_state(checkpoint["rng"]["cpu"])
         if device.type == "cuda" and "cuda" in checkpoint["rng"]:
             torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], device)
@@ -420,8 +421,9 @@ def fit(model, data, metrics, args, precision, checkpoint):
         best = max(history, key=score)                                # the first of equals
         if best["epoch"] == epoch:
             checkpoint["weights"] = trained_weights(model)
-        checkpoint |= {"last": trained_weights(model), "optimizer": trainer.optimizer.state_dict(), "best_epoch": best["epoch"],
-                       "rng": {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})}
+        generators = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
+        checkpoint |= {"last": trained_weights(model), "optimizer": trainer.optimizer.state_dict()["state"],
+                       "best_epoch": best["epoch"], "rng": generators}
         save(checkpoint, args.out)
         if TALKS:
             tqdm.write(f"epoch {epoch:2d}  loss {mean_loss:.3f}  validation {text_of(history[-1]['validation'])}"
@@ -479,10 +481,13 @@ def run(argv):
     trained = own if args.method == "full" else adapter
     history = checkpoint["history"]
     speed = len(data["train"].lengths) * len(history) / sum(epoch["seconds"] for epoch in history)
-    rows = [("task", args.task), ("method", args.method + (f", rank {args.rank}" if adapter else "")),
-            ("all weights" if args.method == "full" else "adapter parameters", f"{trained:,} ({trained / own:.2%} of the encoder's {own:,})"),
+    rows = [("task", args.task),
+            ("method", args.method + (f", rank {args.rank}" if adapter else "")),
+            ("all weights" if args.method == "full" else "adapter parameters",
+             f"{trained:,} ({trained / own:.2%} of the encoder's {own:,})"),
             *((name.replace("_", " "), text_of(values)) for name, values in figures.items()),
-            ("best epoch", f"{checkpoint['best_epoch']} of {len(history)}"), ("training speed", f"{speed:,.0f} examples/s"),
+            ("best epoch", f"{checkpoint['best_epoch']} of {len(history)}"),
+            ("training speed", f"{speed:,.0f} examples/s"),
             ("checkpoint", args.eval_only or args.out)]
     if TALKS:
         print(*(f"{name:20}{value}" for name, value in rows), sep="\n")
