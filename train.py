@@ -35,7 +35,7 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 TALKS = RANK == 0
 
 # What the options are where the command line does not say. Chosen on the validation sets of the toy tasks and of GLUE.
-LEARNING_RATE = {"toy": {"condlora": 8e-3, "lora": 4e-3, "full": 1e-3, "head": 1e-2},
+LEARNING_RATE = {"toy": {"condlora": 4e-3, "lora": 4e-3, "full": 1e-3, "head": 1e-2},
                  "glue": {"condlora": 1e-3, "lora": 1e-3, "full": 5e-5, "head": 2e-3}}
 EPOCHS = {"toy": 10, "glue": 10}
 BATCH_SIZE = {"toy": 32, "glue": 16}

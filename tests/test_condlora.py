@@ -1,12 +1,13 @@
 """Claims about the method, each against the paper's formulas or a reckoning by hand."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 import torch.nn as nn
 
-from condlora import CondLoRALinear, LoRALinear, adapt, adapter_parameters, merge, to_lora, unmerge
+from condlora import CondLoRALinear, LoRALinear, adapt, adapter_parameters, factors_at_once, merge, to_lora, unmerge
 from model import Config, Transformer
 
 
@@ -102,6 +103,19 @@ def test_condloras_gradient_is_that_of_the_written_out_formula():
     torch.func.functional_call(plain, weights, (IDS,)).square().sum().backward()
     for name, p in model.condlora.named_parameters():
         assert torch.allclose(p.grad, theta[name].grad, rtol=1e-4, atol=1e-6)
+
+
+def test_factors_made_at_once_give_the_same_outputs_and_gradients():
+    model = trained(adapt(encoder(), targets=("query", "fc1", "fc2")))
+    found = []
+    for context in (contextlib.nullcontext(), factors_at_once(model)):
+        with context:
+            output = model(IDS)
+            found.append((output, *torch.autograd.grad(output.square().sum(), adapter_parameters(model))))
+    assert len(found[0]) == 1 + 3 * 2
+    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in zip(*found))
+    trained(model)                                        # afterwards each forward makes them anew
+    assert not torch.equal(model(IDS), found[0][0])
 
 
 def test_a_state_dict_holds_each_theta_once():

@@ -55,7 +55,7 @@ def test_a_fresh_clone_pretrains_once_trains_and_reports_the_same_figures_again(
     first = command("--method", "condlora", "--pretrain_steps", "25", "--epochs", "1")
     assert first.returncode == 0, first.stderr
     table = dict(line.split(maxsplit=1) for line in first.stdout.splitlines()[1:])
-    assert table["task"] == "toy" and table["adapter"].startswith("parameters  2,048 (0.99% of the encoder's 206,272)")
+    assert table["task"] == "toy" and table["adapter"].startswith("parameters  2,048 (1.00% of the encoder's 205,760)")
     assert "pretraining the toy encoder" in first.stderr and "toy condlora: 100%" in first.stderr
     assert (tmp_path / "ckpt.pt").is_file() and table["checkpoint"] == "ckpt.pt"
     again = command("--eval_only", "ckpt.pt")
