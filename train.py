@@ -35,9 +35,9 @@ RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1
 TALKS = RANK == 0
 
 # What the options are where the command line does not say. Chosen on the validation sets of the toy tasks and of GLUE.
-LEARNING_RATE = {"toy": {"condlora": 4e-3, "lora": 4e-3, "full": 1e-3, "head": 1e-2},
+LEARNING_RATE = {"toy": {"condlora": 5e-3, "lora": 4e-3, "full": 1e-3, "head": 1e-2},
                  "glue": {"condlora": 1e-3, "lora": 1e-3, "full": 5e-5, "head": 2e-3}}
-EPOCHS = {"toy": 10, "glue": 10}
+EPOCHS = {"toy": 14, "glue": 10}
 BATCH_SIZE = {"toy": 32, "glue": 16}
 
 
@@ -107,7 +107,8 @@ def share(text):
 def pick_device(name):
     there = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + ["cuda"] * torch.cuda.is_available()
     name = name or there[-1]
-    if name.partition(":")[0] not in there:
+    kind, _, index = name.partition(":")
+    if kind not in there or index not in ("", *map(str, range(torch.cuda.device_count() if kind == "cuda" else 1))):
         raise ValueError(f"--device {name} is not there: use {' or '.join(reversed(there))}")
     if WORLD > 1 and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"

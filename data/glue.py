@@ -51,7 +51,7 @@ def load(task, root):
     task = TASKS[canonical(task)]
     train = read(task, Path(root) / task.folder / "train.tsv")
     order = np.random.default_rng(0).permutation(len(train.texts))
-    held_out = len(order) // 10
+    held_out = max(1, len(order) // 10)
     part = lambda rows: Split([train.texts[i] for i in sorted(rows)], [train.labels[i] for i in sorted(rows)])
     splits = {"train": part(order[held_out:]), "validation": part(order[:held_out])}
     for name, dev in zip(("test", "test_mismatched"), task.devs):
@@ -71,8 +71,11 @@ def read(task, file):
         raise FileNotFoundError(f"no {file}: python data/download.py {canonical(task.folder)} fetches it, --data_dir says where it is")
     # Lines end at \n and nowhere else, columns at \t; a double quote is a character like any other; MRPC begins with a
     # byte-order mark, which utf-8-sig takes off.
-    with open(file, encoding="utf-8-sig", newline="\n") as lines:
-        rows = [line.rstrip("\r\n").split("\t") for line in lines]
+    try:
+        with open(file, encoding="utf-8-sig", newline="\n") as lines:
+            rows = [line.rstrip("\r\n").split("\t") for line in lines]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from None
     if task.folder == "CoLA":                                         # the one file without a header
         header, first = ["source", "label", "original_label", "sentence"], 1
     else:
@@ -80,6 +83,8 @@ def read(task, file):
     for column in (*task.texts, task.label):
         if column not in header:
             raise ValueError(f"{file}, line 1: no column {column!r} in the header")
+    if not rows:
+        raise ValueError(f"{file} has no rows")
     text_columns, label_column = [header.index(name) for name in task.texts], header.index(task.label)
     needed = 1 + max(label_column, *text_columns)
     texts, labels = [], []

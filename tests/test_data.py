@@ -78,6 +78,10 @@ def test_a_missing_file_column_or_task_is_named(tmp_path):
     (write_task(tmp_path, "rte") / "dev.tsv").write_text("index\tsentence1\tlabel\n")
     with pytest.raises(ValueError, match="dev.tsv, line 1: no column 'sentence2'"):
         glue.load("rte", tmp_path)
+    for content, words in ((b"index\tsentence1\tsentence2\tlabel\n", "dev.tsv has no rows"), (b"index\tcaf\xe9", "dev.tsv is not UTF-8")):
+        (tmp_path / "RTE" / "dev.tsv").write_bytes(content)
+        with pytest.raises(ValueError, match=words):
+            glue.load("rte", tmp_path)
     with pytest.raises(ValueError, match="'xnli': GLUE has cola, sst2"):
         glue.load("xnli", tmp_path)
 

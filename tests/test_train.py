@@ -191,6 +191,8 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
     (["--warmup", "2"], "argument --warmup"),
     (["--targets", "q_proj"], "no nn.Linear is named 'q_proj'"),
     (["--device", "tpu"], "--device tpu is not there: use "),
+    (["--device", "cuda:99"], "--device cuda:99 is not there: use "),
+    (["--device", "cpu:x"], "--device cpu:x is not there: use "),
     (["--init_from", "nowhere"], "no folder nowhere.*python data/download.py nowhere"),
     (["--data_dir", "nowhere"], "SST-2/train.tsv: python data/download.py sst2"),
     (["--max_len", "2"], "max_len is 2"),
