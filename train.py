@@ -62,7 +62,7 @@ def arguments(argv):
     add("--patience", type=positive(int), help="stop after so many epochs without a better validation figure; default never")
     add("--seed", type=int, default=0, help="the same seed on the same machine gives the same figures")
     add("--device", help="cuda, cpu or mps; default the best there is")
-    add("--dtype", choices=("float32", "bfloat16"), help="of matrix products; weights stay float32. Default bfloat16 on cuda, else float32")
+    add("--dtype", choices=("float32", "bfloat16"), help="to compute in; what trains stays float32. Default bfloat16 on cuda, else float32")
     add("--pretrain_steps", type=positive(int), default=1500, help="steps of pretraining where the toy encoder is not there yet")
     add("--no_graphs", action="store_true", help="on cuda, launch every kernel of every step instead of replaying CUDA graphs")
     add("--compile", action="store_true", help="torch.compile the encoder: about a minute to start, a faster step for long runs")
