@@ -446,6 +446,7 @@ def run(argv):
     args.batch_size = args.batch_size or BATCH_SIZE[kind]
     if not args.out.absolute().parent.is_dir() or args.out.is_dir():
         raise ValueError(f"--out {args.out} cannot be written: it should be a file in a folder that exists")
+    be_deterministic(device)
     splits, n_out, metrics = load_task(args.task, args.data_dir)
     if RANK:
         dist.barrier()                                                # the first process may have to pretrain the toy encoder
@@ -453,7 +454,6 @@ def run(argv):
     if WORLD > 1 and not RANK:
         dist.barrier()
 
-    be_deterministic(device)
     torch.manual_seed(args.seed)
     model = build(args, folder, n_out).to(device)
     precision = choose_precision(model, args, device)

@@ -125,7 +125,8 @@ def metrics(task, predictions, labels):
         return {"pearson": pearson(predictions, labels), "spearman": pearson(ranks(predictions), ranks(labels))}
     accuracy = float((predictions == labels).mean())
     if task == "cola":
-        return {"matthews": matthews(predictions, labels), "accuracy": accuracy}
+        # of two binary variables, Matthews' correlation is Pearson's
+        return {"matthews": pearson(predictions, labels), "accuracy": accuracy}
     if task in ("mrpc", "qqp"):
         return {"accuracy": accuracy, "f1": f1(predictions, labels)}
     return {"accuracy": accuracy}
@@ -135,11 +136,6 @@ def f1(predictions, labels):
     """Harmonic mean of precision and recall of class 1; 0 where neither side has one."""
     hits, either = np.sum((predictions == 1) & (labels == 1)), np.sum(predictions == 1) + np.sum(labels == 1)
     return float(2 * hits / either) if either else 0.0
-
-
-def matthews(predictions, labels):
-    """Matthews' correlation of two binary variables is their Pearson correlation; 0 where one of them is constant."""
-    return pearson(predictions, labels)
 
 
 def pearson(x, y):
