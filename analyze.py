@@ -94,7 +94,7 @@ class Factors:
         self.W0 = torch.stack([layer.W0 for layer in layers])
         self.A, self.B = (torch.stack(factors) for factors in zip(*(layer.factors() for layer in layers)))
         self.scale = layers[0].scale
-        self.theta = layers[0].shared[0] if hasattr(layers[0], "shared") else None
+        self.theta = layers[0].shared[0] if layers[0].shared else None
         (L, r, d_in), d_out = self.A.shape, self.B.shape[1]
         device = self.A.device
         # fresh factors as `adapt` starts them, B Gaussian: zero has no subspace. Uniform or Gaussian, any scale gives the same phi

@@ -10,6 +10,7 @@ CondLoRA  Kim et al. 2024, arXiv:2403.14946: A and B are linear functions of the
 """
 
 import contextlib
+import functools
 import math
 
 import torch
@@ -20,6 +21,8 @@ import torch.nn.functional as F
 class LoRALinear(nn.Module):
     """y = x W0^T + b + s (x A^T) B^T around a frozen nn.Linear, whose weight W0 (d_out, d_in) and bias b it keeps."""
 
+    shared = ()                                                       # CondLoRA's conversion
+
     def __init__(self, linear, rank, alpha):
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
@@ -27,6 +30,7 @@ class LoRALinear(nn.Module):
         self.rank, self.alpha = rank, alpha
         self.scale = alpha / rank                                     # s
         self.register_buffer("unmerged", None, persistent=False)      # W0 while `weight` holds W0 + dW: see merge
+        self.formed = None                                            # W0 + dW within weights_at_once
         self.add_parameters()
 
     def add_parameters(self):
@@ -51,6 +55,8 @@ class LoRALinear(nn.Module):
         return self.scale * B @ A
 
     def forward(self, x):                                             # (..., d_in) -> (..., d_out)
+        if self.formed is not None:
+            return F.linear(x, self.formed, self.bias)
         y = F.linear(x, self.weight, self.bias)
         if self.unmerged is not None:
             return y
@@ -91,7 +97,6 @@ class CondLoRALinear(LoRALinear):
     def __init__(self, linear, rank, alpha, conversion):
         super().__init__(linear, rank, alpha)
         self.shared = (conversion,)       # in a tuple, which nn.Module does not look into: adapt registers it, once
-        self.made = None                  # A and B, within factors_at_once
 
     def add_parameters(self):
         pass
@@ -101,7 +106,7 @@ class CondLoRALinear(LoRALinear):
 
     def factors(self):
         """A (r, d_in) and B (d_out, r), made from W0."""
-        return self.made or self.shared[0](self.W0)
+        return self.shared[0](self.W0)
 
 
 def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.0):
@@ -150,23 +155,40 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
     return model
 
 
-@contextlib.contextmanager
-def factors_at_once(model):
-    """Within it, each conversion makes the factors of all its layers in one product instead of one a layer.
+def weights_at_once(model, dtype):
+    """A function that makes a context in which each adapted layer does one product, with its W0 + dW; entering it forms them all at once.
 
-    For a training step on a GPU, where many small products take longer than a large one. The weights must stay as they are.
+        at_once = weights_at_once(model, torch.bfloat16)
+        with at_once():
+            loss = model(...)                                         # the same function, with the same gradients
+
+    For training on a GPU, where the thin products with A and B, forward and backward, wait for memory and so take longer than what they
+    save: the gradient of all of W0 + dW. That sum is rounded to `dtype`, W0 itself is not: small updates would be lost in it.
+    To be called where the model is to stay, and before it is merged: the W0 of all layers are laid into one tensor.
     """
-    layers = [layer for layer in adapted_layers(model) if isinstance(layer, CondLoRALinear)]
-    for conversion in {id(layer.shared[0]): layer.shared[0] for layer in layers}.values():
-        of_one = [layer for layer in layers if layer.shared[0] is conversion]
-        A, B = conversion(torch.stack([layer.W0 for layer in of_one]))
-        for layer, *made in zip(of_one, A.unbind(), B.unbind()):
-            layer.made = made
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.made = None
+    groups = {}
+    for layer in adapted_layers(model):
+        groups.setdefault((*layer.shared, layer.weight.shape), []).append(layer)
+    prepared = []
+    for (*shared, _), layers in groups.items():
+        W0 = torch.stack([layer.weight.detach() for layer in layers])                     # (L, d_out, d_in)
+        for layer, its_own in zip(layers, W0):
+            layer.weight.data = its_own
+        prepared.append((layers, W0, functools.partial(shared[0], W0.to(dtype)) if shared else None))
+
+    @contextlib.contextmanager
+    def at_once():
+        for layers, W0, conversion in prepared:
+            A, B = conversion() if conversion else map(torch.stack, zip(*(layer.factors() for layer in layers)))
+            dW = (layers[0].scale * B).to(dtype) @ A.to(dtype)
+            for layer, formed in zip(layers, (W0 + dW).to(dtype).unbind()):
+                layer.formed = formed
+        try:
+            yield
+        finally:
+            for layer in adapted_layers(model):
+                layer.formed = None
+    return at_once
 
 
 @torch.no_grad()

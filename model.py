@@ -62,11 +62,10 @@ class Attention(nn.Module):
         self.n_heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
         self.query, self.key, self.value, self.out = (nn.Linear(d, d) for _ in range(4))
 
-    def forward(self, x, mask):                                       # x (B, T, d), mask (B, 1, 1, T) or None
-        B, T, d = x.shape
-        q, k, v = (f(x).view(B, T, self.n_heads, -1).transpose(1, 2) for f in (self.query, self.key, self.value))
-        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)   # (B, nh, T, hs)
-        return self.out(y.transpose(1, 2).reshape(B, T, d))
+    def forward(self, x, context, mask):       # x (B, t, d) attends to context (B, T, d); mask (B, 1, 1, T) or None
+        q, k, v = (y.unflatten(2, (self.n_heads, -1)).transpose(1, 2) for y in (self.query(x), self.key(context), self.value(context)))
+        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)   # (B, nh, t, hs)
+        return self.out(y.transpose(1, 2).flatten(2))
 
 
 class Layer(nn.Module):
@@ -79,8 +78,9 @@ class Layer(nn.Module):
         self.norm2 = nn.LayerNorm(d, eps)
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
-    def forward(self, x, mask):
-        x = self.norm1(x + self.dropout(self.attention(x, mask)))     # the norm comes after the sum: post-layer-norm
+    def forward(self, x, mask, first_only=False):                     # (B, T, d) -> (B, T, d), or of the first token: (B, 1, d)
+        context, x = x, x[:, :1].contiguous() if first_only else x
+        x = self.norm1(x + self.dropout(self.attention(x, context, mask)))     # the norm comes after the sum: post-layer-norm
         return self.norm2(x + self.dropout(self.fc2(F.gelu(self.fc1(x)))))
 
 
@@ -139,9 +139,9 @@ class Transformer(nn.Module):
         if isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 
-    def encode(self, input_ids, token_type_ids=None, attention_mask=None):
-        """Last hidden states (B, T, d) of token ids (B, T). attention_mask (B, T) is 1 for tokens, 0 for padding;
-        without it every position is attended to, padding too."""
+    def encode(self, input_ids, token_type_ids=None, attention_mask=None, first_only=False):
+        """Last hidden states (B, T, d) of token ids (B, T); with first_only those of the first token, (B, 1, d), which saves most of
+        the last layer. attention_mask (B, T) is 1 for tokens, 0 for padding; without it every position is attended to, padding too."""
         if input_ids.shape[1] > self.config.max_len:
             raise ValueError(f"{input_ids.shape[1]} tokens are more than the {self.config.max_len} positions of the model")
         x = self.embeddings(input_ids, token_type_ids)
@@ -150,12 +150,12 @@ class Transformer(nn.Module):
             mask = torch.zeros_like(attention_mask, dtype=x.dtype).masked_fill_(attention_mask == 0, torch.finfo(x.dtype).min)
             mask = mask[:, None, None, :]                             # (B, heads, queries, T)
         for layer in self.layers:
-            x = layer(x, mask)
+            x = layer(x, mask, first_only and layer is self.layers[-1])
         return x
 
     def forward(self, input_ids, token_type_ids=None, attention_mask=None):
         """Logits (B, n_out); the arguments are encode's."""
-        return self.head(self.encode(input_ids, token_type_ids, attention_mask))
+        return self.head(self.encode(input_ids, token_type_ids, attention_mask, first_only=True))
 
     @classmethod
     def from_pretrained(cls, path, n_out=2):

@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from condlora import adapt, adapter_parameters, factors_at_once
+from condlora import adapt, adapted_layers, adapter_parameters, weights_at_once
 from data import glue, tokenizer, toy
 from model import Config, Transformer, check_encoder, load_checkpoint, sha256
 
@@ -135,7 +135,7 @@ class Encoded:
         rows = [tok.encode(*text, max_len=max_len) for text in tqdm(split.texts, "tokenizing", leave=False, delay=2, disable=not TALKS)]
         real = np.array([len(input_ids) for input_ids, _ in rows])
         multiple = 8 if device.type == "cuda" else 1
-        self.lengths = np.minimum(-(-real // multiple) * multiple, max_len)
+        self.real, self.lengths = real, np.minimum(-(-real // multiple) * multiple, max_len)
         shape = len(rows), self.lengths.max()
         input_ids, token_type_ids = np.full(shape, tok.pad_id), np.zeros(shape, np.int64)
         for i, (ids, types) in enumerate(rows):
@@ -144,14 +144,17 @@ class Encoded:
         self.inputs = [torch.from_numpy(x).to(device) for x in (input_ids, token_type_ids, mask)]
         self.labels = torch.tensor(split.labels, device=device)
 
-    def batch(self, rows, width):
-        """((input_ids, token_type_ids, attention_mask), labels) of the rows numbered in the tensor `rows`, `width` tokens wide."""
-        return [x[rows, :width] for x in self.inputs], self.labels[rows]
+    def batch(self, rows, width, padded):
+        """((input_ids, token_type_ids, attention_mask), labels) of the rows numbered in the tensor `rows`, `width` tokens wide.
+        The mask is None where no row is padded: attention is faster without."""
+        input_ids, token_type_ids, mask = (x[rows, :width] for x in self.inputs)
+        return (input_ids, token_type_ids, mask if padded else None), self.labels[rows]
 
     def batches(self, order):
-        """(rows on the device, width) of each batch in `order`, a list of arrays of row numbers; all go there in one copy."""
+        """(rows on the device, width, padded) of each batch in `order`, a list of arrays of row numbers; all go there in one copy."""
         there = torch.from_numpy(np.concatenate(order)).to(self.labels.device).split([len(rows) for rows in order])
-        return [(rows, int(self.lengths[numbers].max())) for rows, numbers in zip(there, order)]
+        widths = [int(self.lengths[numbers].max()) for numbers in order]
+        return [(rows, width, bool((self.real[numbers] < width).any())) for rows, width, numbers in zip(there, widths, order)]
 
 
 def shuffled_batches(lengths, size, seed):
@@ -207,8 +210,8 @@ def pretrain(config, tok, steps, device, batch_size=64, lr=3e-3, masked=0.2):
     rng = np.random.default_rng(0)
     bar = tqdm(range(steps), f"pretraining the toy encoder, once, on {device}", disable=not TALKS)
     for step in bar:
-        [(rows, width)] = corpus.batches([rng.integers(len(corpus.lengths), size=batch_size)])
-        (input_ids, *rest), _ = corpus.batch(rows, width)
+        [batch] = corpus.batches([rng.integers(len(corpus.lengths), size=batch_size)])
+        (input_ids, *rest), _ = corpus.batch(*batch)
         words = (input_ids != tok.pad_id) & (input_ids != tok.cls_id) & (input_ids != tok.sep_id)
         hidden = (torch.rand(input_ids.shape, device=device) < masked) & words
         states = model.encode(input_ids.masked_fill(hidden, tok.mask_id), *rest)
@@ -237,16 +240,16 @@ def evaluate(model, data, metrics, batch_size, precision):
     order = np.argsort(data.lengths, kind="stable")
     order = [order[i:i + 8 * batch_size] for i in range(0, len(order), 8 * batch_size)]
     outputs = torch.zeros(len(data.labels), model.config.n_out, device=data.labels.device)
-    for rows, width in data.batches(order)[RANK::WORLD]:
-        with precision(), factors_at_once(model):
-            outputs[rows] = model(*data.batch(rows, width)[0]).float()
+    for rows, *shape in data.batches(order)[RANK::WORLD]:
+        with precision():
+            outputs[rows] = model(*data.batch(rows, *shape)[0]).float()
     if WORLD > 1:
         dist.all_reduce(outputs)
     predictions = outputs.argmax(1) if outputs.shape[1] > 1 else outputs[:, 0]
     return metrics(predictions.cpu().numpy(), data.labels.cpu().numpy())
 
 
-def loss_of(logits, labels):
+def loss_function(logits, labels):
     """The sum over the batch of cross entropy, or, of a single output (STS-B), of squared errors."""
     if logits.shape[1] == 1:
         return F.mse_loss(logits[:, 0].float(), labels, reduction="sum")
@@ -262,21 +265,29 @@ class Trainer:
     """
 
     def __init__(self, model, data, args, precision):
-        self.model, self.data, self.precision = model, data, precision
+        self.data = data
         device = data.labels.device
         self.on_cuda = device.type == "cuda"
         self.graphs = {} if self.on_cuda and not args.no_graphs else None
-        self.forward = torch.compile(model, dynamic=False) if args.compile else model
-        parameters = [p for p in model.parameters() if p.requires_grad]
+
+        def loss_of(inputs, labels):
+            with precision():
+                return loss_function(model(*inputs), labels)
+        self.loss_of = loss_of
+        if args.compile:
+            torch._dynamo.config.recompile_limit = 100                # it compiles anew for each shape of batch
+            # dropout from PyTorch's own kernel: what is compiled otherwise draws four numbers to use one, and takes longer
+            self.loss_of = torch.compile(loss_of, dynamic=False, options={"fallback_random": True})
+        self.parameters = parameters = [p for p in model.parameters() if p.requires_grad]
         lr = torch.tensor(args.lr, device=device) if self.on_cuda else args.lr
         self.optimizer = torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay, fused=self.on_cuda, capturable=self.on_cuda)
-        # all gradients lie in one vector: one kernel zeroes it, one call sums it over processes
+        # all gradients lie in one vector: one kernel fills it, one call sums it over processes
         self.gradient = torch.zeros(sum(p.numel() for p in parameters), device=device)
         for p, part in zip(parameters, self.gradient.split([p.numel() for p in parameters])):
             p.grad = part.view_as(p)
         self.loss = torch.zeros((), device=device)                    # summed over an epoch's rows
 
-    def step(self, rows, width, lr):
+    def step(self, rows, width, padded, lr):
         """One step on the rows of the batch, of which this process takes its share."""
         n, rows = len(rows), rows[RANK::WORLD]
         group = self.optimizer.param_groups[0]
@@ -284,38 +295,39 @@ class Trainer:
             group["lr"].fill_(lr)
         else:
             group["lr"] = lr
-        shape = len(rows), width, n
+        shape = width, padded, n
         if self.graphs is None:
-            self.compute(rows, width, n)
-        elif shape not in self.graphs:
-            self.graphs[shape] = None
-            self.on_the_side(lambda: self.compute(rows, width, n))
+            self.compute(rows, *shape)
+        elif (len(rows), *shape) not in self.graphs:
+            self.graphs[len(rows), *shape] = None
+            self.on_the_side(lambda: self.compute(rows, *shape))
         else:
-            if self.graphs[shape] is None:
-                self.graphs[shape] = self.record(rows, width, n)
-            graph, its_rows = self.graphs[shape]
+            if self.graphs[len(rows), *shape] is None:
+                self.graphs[len(rows), *shape] = self.record(rows, *shape)
+            graph, its_rows = self.graphs[len(rows), *shape]
             its_rows.copy_(rows)
             graph.replay()
         if WORLD > 1:
             dist.all_reduce(self.gradient)
             self.optimizer.step()
 
-    def compute(self, rows, width, n):
-        self.gradient.zero_()
+    def compute(self, rows, width, padded, n):
+        """The step itself, on `rows`, which are all the batch's n or, in one process of several, some; the gradient is the batch's mean."""
         if len(rows):
-            inputs, labels = self.data.batch(rows, width)
-            with self.precision(), factors_at_once(self.model):
-                loss = loss_of(self.forward(*inputs), labels)
-            (loss / n).backward()
+            loss = self.loss_of(*self.data.batch(rows, width, padded))
+            gradients = torch.autograd.grad(loss / n, self.parameters)
+            torch.cat([gradient.flatten() for gradient in gradients], out=self.gradient)
             self.loss += loss.detach()
+        else:
+            self.gradient.zero_()
         if WORLD == 1:                                                # else the gradient is to be summed first, outside of the graph
             self.optimizer.step()
 
-    def record(self, rows, width, n):
+    def record(self, rows, *shape):
         graph, its_rows = torch.cuda.CUDAGraph(), rows.clone()
         pool = next((made[0].pool() for made in self.graphs.values() if made), None)     # graphs run in turn: they share memory
         with torch.cuda.graph(graph, pool=pool):
-            self.compute(its_rows, width, n)
+            self.compute(its_rows, *shape)
         return graph, its_rows
 
     def on_the_side(self, work):
@@ -369,15 +381,20 @@ def choose_precision(model, args, device):
     """A function that makes the context for forward passes, in args.dtype.
 
     bfloat16 with a frozen encoder: its weights are kept in bfloat16, as they are only ever used so, which halves the memory and leaves
-    nothing to cast in a step. What trains stays float32. Where every weight trains, autocast casts.
+    nothing to cast in a step. What trains stays float32, and so does the W0 that an update is added to. Where every weight trains,
+    autocast casts.
     """
-    if args.dtype == "bfloat16" and args.method == "full":
+    narrow = args.dtype == "bfloat16"
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if narrow else "highest")               # of the head's few products
+    if narrow and args.method == "full":
         return lambda: torch.autocast(device.type, torch.bfloat16)
-    if args.dtype == "bfloat16":
+    if narrow:
+        wide = {id(layer.weight) for layer in adapted_layers(model)}
         for p in model.parameters():
-            if not p.requires_grad:
+            if not p.requires_grad and id(p) not in wide:
                 p.data = p.data.to(torch.bfloat16)
-    return contextlib.nullcontext
+    return weights_at_once(model, getattr(torch, args.dtype)) if narrow or device.type == "cuda" else contextlib.nullcontext
 
 
 def text_of(figures):
@@ -405,9 +422,9 @@ def fit(model, data, metrics, args, precision, checkpoint):
         model.train()
         began, seen = time.perf_counter(), 0
         trainer.loss.zero_()
-        for rows, width in trainer.data.batches(shuffled_batches(trainer.data.lengths, args.batch_size, [args.seed, epoch])):
-            trainer.step(rows, width, args.lr * schedule(step, steps, args.warmup))
-            step, seen = step + 1, seen + len(rows)
+        for batch in trainer.data.batches(shuffled_batches(trainer.data.lengths, args.batch_size, [args.seed, epoch])):
+            trainer.step(*batch, args.lr * schedule(step, steps, args.warmup))
+            step, seen = step + 1, seen + len(batch[0])
             bar.update()
             if TALKS and step % 100 == 0:                             # seldom: reading the loss waits for the device
                 bar.set_postfix(loss=f"{trainer.loss.item() / -(-seen // WORLD):.3f}")

@@ -86,8 +86,8 @@ def our_step(args, device, n):
     model.to(device).train()
     data = train.Encoded(glue.Split([("x",)] * n, [i % 2 for i in range(n)]), Anything(), 128, device)
     trainer = train.Trainer(model, data, args, train.choose_precision(model, args, device))
-    [(rows, width)] = data.batches([np.arange(n)])
-    return lambda: trainer.step(rows, width, 1e-3)
+    [batch] = data.batches([np.arange(n)])
+    return lambda: trainer.step(*batch, 1e-3)
 
 
 def peer_model(folder=None, n_out=2):
@@ -189,8 +189,8 @@ def our_epochs(settings, args, device, splits, tok, n_out, metrics):
     for epoch in range(3):
         began = time.perf_counter()
         model.train()
-        for rows, width in data["train"].batches(train.shuffled_batches(data["train"].lengths, 16, [0, epoch])):
-            trainer.step(rows, width, 1e-3)
+        for batch in data["train"].batches(train.shuffled_batches(data["train"].lengths, 16, [0, epoch])):
+            trainer.step(*batch, 1e-3)
         train.evaluate(model, data["validation"], metrics, 16, precision)
         seconds.append(time.perf_counter() - began)
     return seconds
@@ -238,7 +238,7 @@ def bench_cpu(args, device, results):
     at = [0]
 
     def batch():
-        (input_ids, token_type_ids, attention_mask), labels = data.batch(*batches[at[0]])
+        (input_ids, token_type_ids, attention_mask), labels = data.batch(*batches[at[0]][:2], padded=True)
         return {"input_ids": input_ids, "token_type_ids": token_type_ids, "attention_mask": attention_mask.long()}, labels
     steps = {}
     if transformers:

@@ -37,6 +37,13 @@ def test_logits_are_transformers_own_with_padding_in_the_batch(tmp_path, model_t
     assert torch.allclose(logits, torch.tensor(LOGITS[model_type]), atol=2e-6)
 
 
+def test_the_first_tokens_state_is_the_same_without_computing_the_others(bert_folder):
+    model = Transformer.from_pretrained(bert_folder).eval()
+    every, first = (model.encode(*padded_batch(pad=0), first_only=only) for only in (False, True))
+    assert every.shape == (2, 8, 8) and first.shape == (2, 1, 8)
+    assert torch.allclose(first, every[:, :1], atol=1e-6)
+
+
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])
 @pytest.mark.parametrize("dtype, name, tolerance", [(torch.float32, "F32", 2e-6), (torch.float16, "F16", 2e-3), (torch.bfloat16, "BF16", 2e-2)])
 def test_safetensors_of_each_precision_load_with_extra_keys_and_without_prefix(tmp_path, model_type, dtype, name, tolerance):

@@ -13,6 +13,7 @@ from test_data import write_task
 
 import train
 from data import tokenizer
+from data.glue import Split
 from model import Transformer
 
 
@@ -164,6 +165,13 @@ def test_every_row_is_seen_once_an_epoch_beside_rows_of_its_length():
     assert [list(b) for b in one] != [list(b) for b in two]
     padding = sum((lengths[b].max() - lengths[b]).sum() for b in one) / lengths.sum()
     assert padding < 0.1 < sum((lengths[i:i + 16].max() - lengths[i:i + 16]).sum() for i in range(0, 1003, 16)) / lengths.sum()
+
+
+def test_only_a_batch_with_padding_has_a_mask(bert_folder):
+    tok = tokenizer.load(bert_folder)
+    data = train.Encoded(Split([("the cat",), ("the dog",), ("the cat not warm",)], [0, 1, 0]), tok, 128, torch.device("cpu"))
+    masks = [data.batch(*batch)[0][2] for batch in data.batches([np.array([0, 1]), np.array([0, 2])])]
+    assert masks[0] is None and masks[1].tolist() == [[True] * 4 + [False] * 2, [True] * 6]
 
 
 def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero():
