@@ -249,7 +249,7 @@ def evaluate(model, data, metrics, batch_size, precision):
     return metrics(predictions.cpu().numpy(), data.labels.cpu().numpy())
 
 
-def loss_function(logits, labels):
+def loss_of(logits, labels):
     """The sum over the batch of cross entropy, or, of a single output (STS-B), of squared errors."""
     if logits.shape[1] == 1:
         return F.mse_loss(logits[:, 0].float(), labels, reduction="sum")
@@ -270,21 +270,19 @@ class Trainer:
         self.on_cuda = device.type == "cuda"
         self.graphs = {} if self.on_cuda and not args.no_graphs else None
 
-        def loss_of(inputs, labels):
+        def forward(inputs):
             with precision():
-                return loss_function(model(*inputs), labels)
-        self.loss_of = loss_of
+                return model(*inputs)
+        self.forward = forward
         if args.compile:
             torch._dynamo.config.recompile_limit = 100                # it compiles anew for each shape of batch
-            # dropout from PyTorch's own kernel: what is compiled otherwise draws four numbers to use one, and takes longer
-            self.loss_of = torch.compile(loss_of, dynamic=False, options={"fallback_random": True})
-        self.parameters = parameters = [p for p in model.parameters() if p.requires_grad]
+            # dropout from PyTorch's own kernel: the compiled one draws four numbers to use one, and takes longer
+            self.forward = torch.compile(forward, dynamic=False, options={"fallback_random": True})
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
         lr = torch.tensor(args.lr, device=device) if self.on_cuda else args.lr
-        self.optimizer = torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay, fused=self.on_cuda, capturable=self.on_cuda)
-        # all gradients lie in one vector: one kernel fills it, one call sums it over processes
-        self.gradient = torch.zeros(sum(p.numel() for p in parameters), device=device)
-        for p, part in zip(parameters, self.gradient.split([p.numel() for p in parameters])):
-            p.grad = part.view_as(p)
+        self.optimizer = torch.optim.AdamW(self.parameters, lr, weight_decay=args.weight_decay, fused=self.on_cuda, capturable=self.on_cuda)
+        if WORLD > 1:                                                 # one vector, for one call to sum it over the processes
+            self.gradient = torch.zeros(sum(p.numel() for p in self.parameters), device=device)
         self.loss = torch.zeros((), device=device)                    # summed over an epoch's rows
 
     def step(self, rows, width, padded, lr):
@@ -309,19 +307,24 @@ class Trainer:
             graph.replay()
         if WORLD > 1:
             dist.all_reduce(self.gradient)
+            for p, part in zip(self.parameters, self.gradient.split([p.numel() for p in self.parameters])):
+                p.grad = part.view_as(p)
             self.optimizer.step()
 
     def compute(self, rows, width, padded, n):
         """The step itself, on `rows`, which are all the batch's n or, in one process of several, some; the gradient is the batch's mean."""
+        self.optimizer.zero_grad()
         if len(rows):
-            loss = self.loss_of(*self.data.batch(rows, width, padded))
-            gradients = torch.autograd.grad(loss / n, self.parameters)
-            torch.cat([gradient.flatten() for gradient in gradients], out=self.gradient)
+            inputs, labels = self.data.batch(rows, width, padded)
+            loss = loss_of(self.forward(inputs), labels)
+            (loss / n).backward()
             self.loss += loss.detach()
+        if WORLD == 1:
+            self.optimizer.step()
+        elif len(rows):                                               # to be summed before the step, outside of the graph
+            torch.cat([p.grad.flatten() for p in self.parameters], out=self.gradient)
         else:
             self.gradient.zero_()
-        if WORLD == 1:                                                # else the gradient is to be summed first, outside of the graph
-            self.optimizer.step()
 
     def record(self, rows, *shape):
         graph, its_rows = torch.cuda.CUDAGraph(), rows.clone()
