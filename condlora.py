@@ -10,7 +10,6 @@ CondLoRA  Kim et al. 2024, arXiv:2403.14946: A and B are linear functions of the
 """
 
 import contextlib
-import functools
 import math
 
 import torch
@@ -84,10 +83,13 @@ class Conversion(nn.Module):
         nn.init.kaiming_uniform_(self.theta_A, a=math.sqrt(5))
 
     def forward(self, W0):
-        theta_A, theta_B = self.theta_A.to(W0.dtype), self.theta_B.to(W0.dtype)
+        return self.convert(W0, self.theta_A.to(W0.dtype), self.theta_B.to(W0.dtype))
+
+    @staticmethod
+    def convert(W0, theta_A, theta_B):                                # each (..., rows, columns), to convert several at once
         square = W0.shape[-2] == W0.shape[-1]
-        A = ((W0 if square else W0.mT) @ theta_A.T).mT                # (r, d_in), or (L, r, d_in) for L weights at once
-        B = W0 @ theta_B.T                                            # (d_out, r)
+        A = ((W0 if square else W0.mT) @ theta_A.mT).mT               # (r, d_in)
+        B = W0 @ theta_B.mT                                           # (d_out, r)
         return A, B
 
 
@@ -166,22 +168,31 @@ def weights_at_once(model, dtype):
     save: the gradient of all of W0 + dW. That sum is rounded to `dtype`, W0 itself is not: small updates would be lost in it.
     To be called where the model is to stay, and before it is merged: the W0 of all layers are laid into one tensor.
     """
-    groups = {}
+    groups = {}                                                       # layers of one shape that share a conversion, or have none
     for layer in adapted_layers(model):
         groups.setdefault((*layer.shared, layer.weight.shape), []).append(layer)
+    batches = {}                                                      # G groups of L layers each
+    for (*conversion, shape), layers in groups.items():
+        conversions, all_layers = batches.setdefault((shape, len(layers)), ([], []))
+        conversions += conversion
+        all_layers += layers
     prepared = []
-    for (*shared, _), layers in groups.items():
-        W0 = torch.stack([layer.weight.detach() for layer in layers])                     # (L, d_out, d_in)
+    for (_, L), (conversions, layers) in batches.items():
+        W0 = torch.stack([layer.weight.detach() for layer in layers])                     # (G L, d_out, d_in)
         for layer, its_own in zip(layers, W0):
             layer.weight.data = its_own
-        prepared.append((layers, W0, functools.partial(shared[0], W0.to(dtype)) if shared else None))
+        prepared.append((layers, W0, conversions, W0.to(dtype).unflatten(0, (-1, L)) if conversions else None))
 
     @contextlib.contextmanager
     def at_once():
-        for layers, W0, conversion in prepared:
-            A, B = conversion() if conversion else map(torch.stack, zip(*(layer.factors() for layer in layers)))
-            dW = (layers[0].scale * B).to(dtype) @ A.to(dtype)
-            for layer, formed in zip(layers, (W0 + dW).to(dtype).unbind()):
+        for layers, W0, conversions, narrow_W0 in prepared:
+            if conversions:
+                thetas = zip(*(conversion.parameters() for conversion in conversions))
+                A, B = Conversion.convert(narrow_W0, *(torch.stack(theta).to(dtype)[:, None] for theta in thetas))      # (G, L, ...)
+                A, B = A.flatten(0, 1), B.flatten(0, 1)
+            else:
+                A, B = (torch.stack(factors).to(dtype) for factors in zip(*(layer.factors() for layer in layers)))
+            for layer, formed in zip(layers, torch.add(W0, B @ A, alpha=layers[0].scale).to(dtype).unbind()):
                 layer.formed = formed
         try:
             yield
