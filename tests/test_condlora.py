@@ -118,6 +118,21 @@ def test_weights_formed_at_once_give_the_same_outputs_and_gradients(method):
     assert not torch.equal(model(IDS), found[0][0])
 
 
+def test_an_update_smaller_than_bfloat16s_steps_is_not_lost():
+    """Between 0.5 and 1 bfloat16 steps by 1/256. An update of 0.0002 everywhere moves some weights by a whole step, and all by 0.0002 on average."""
+    torch.manual_seed(0)
+    model = adapt(nn.ModuleDict({"query": nn.Linear(256, 256)}), "lora", "query", rank=1, alpha=1)
+    layer = model["query"]
+    with torch.no_grad():
+        layer.weight.uniform_(0.5, 1)
+        layer.A.fill_(0.02)
+        layer.B.fill_(0.01)
+    with weights_at_once(model, torch.bfloat16)():
+        moved = (layer.formed.double() - layer.weight.double()).detach()
+    assert layer.formed is None and moved.mean().item() == pytest.approx(0.0002, abs=0.00002)
+    assert moved.std().item() == pytest.approx(1 / 256 / 12 ** 0.5, rel=0.02)          # the rounding, uniform within a step
+
+
 def test_a_state_dict_holds_each_theta_once():
     model = adapt(encoder(layers=3), targets=("query", "value", "fc1"))
     names = [name for name in model.state_dict() if "theta" in name]
