@@ -166,10 +166,12 @@ def weights_at_once(model, dtype):
 
     For training on a GPU, where the thin products with A and B, forward and backward, wait for memory and so take longer than what they
     save: the gradient of all of W0 + dW. That sum is rounded to `dtype`, W0 itself is not: small updates would be lost in it.
-    To be called where the model is to stay, and before it is merged: the W0 of all layers are laid into one tensor.
+    To be called where the model is to stay: the W0 of all layers are laid into one tensor. Raises ValueError where it is merged.
     """
     groups = {}                                                       # layers of one shape that share a conversion, or have none
     for layer in adapted_layers(model):
+        if layer.unmerged is not None:
+            raise ValueError("the model is merged: unmerge it first")
         groups.setdefault((*layer.shared, layer.weight.shape), []).append(layer)
     batches = {}                                                      # G groups of L layers each
     for (*conversion, shape), layers in groups.items():

@@ -294,15 +294,16 @@ class Trainer:
         else:
             group["lr"] = lr
         shape = width, padded, n
+        key = len(rows), *shape
         if self.graphs is None:
             self.compute(rows, *shape)
-        elif (len(rows), *shape) not in self.graphs:
-            self.graphs[len(rows), *shape] = None
+        elif key not in self.graphs:
+            self.graphs[key] = None
             self.on_the_side(lambda: self.compute(rows, *shape))
         else:
-            if self.graphs[len(rows), *shape] is None:
-                self.graphs[len(rows), *shape] = self.record(rows, *shape)
-            graph, its_rows = self.graphs[len(rows), *shape]
+            if self.graphs[key] is None:
+                self.graphs[key] = self.record(rows, *shape)
+            graph, its_rows = self.graphs[key]
             its_rows.copy_(rows)
             graph.replay()
         if WORLD > 1:

@@ -116,6 +116,8 @@ def test_weights_formed_at_once_give_the_same_outputs_and_gradients(method):
     assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in zip(*found))
     trained(model)                                        # afterwards each forward reads the parameters again
     assert not torch.equal(model(IDS), found[0][0])
+    with pytest.raises(ValueError, match="unmerge it first"):
+        weights_at_once(merge(model), torch.float32)
 
 
 def test_an_update_smaller_than_bfloat16s_steps_is_not_lost():
