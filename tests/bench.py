@@ -4,7 +4,7 @@
     python tests/bench.py --init_from FOLDER --data_dir FOLDER       # and epochs of CoLA and STS-B (on a CPU, RTE) with a real encoder
     python tests/bench.py --only step epoch --compile --json out.json
 
-Times are medians. On CUDA the shares are of the peak measured here, by a bf16 matrix product; an encoder of N weights is counted as 4 N
+Times are medians, with the quartiles beside those of the steps. On CUDA the shares are of the peak measured here, by a bf16 matrix product; an encoder of N weights is counted as 4 N
 floating-point operations a token: forward, and backward through the activations alone. (What train.py does is within 1% of that,
 attention aside: the last layer's saved positions and the gradients of W0 + dW weigh the same.)
 """
@@ -16,7 +16,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from statistics import median
+from statistics import median, quantiles
 from types import SimpleNamespace
 
 import numpy as np
@@ -39,9 +39,9 @@ BASE = dict(vocab_size=50265, hidden_size=768, num_hidden_layers=12, num_attenti
             max_position_embeddings=514, type_vocab_size=1, layer_norm_eps=1e-5, pad_token_id=1)
 
 
-def timed(steps, rounds=8, run=5):
-    """Median seconds of each of the steps, warm ones. They run five in a row, as in training without waiting for each, and by turns,
-    so that what else goes on in the machine meets all alike."""
+def timed(steps, rounds=24, run=5):
+    """Seconds of each of the steps, warm ones, in each round. They run five in a row, as in training without waiting for each, and by
+    turns, so that what else goes on in the machine meets all alike."""
     seconds = [[] for _ in steps]
     for _ in range(rounds):
         for step, its in zip(steps, seconds):
@@ -51,14 +51,14 @@ def timed(steps, rounds=8, run=5):
                 step()
             torch.cuda.synchronize()
             its.append((time.perf_counter() - began) / run)
-    return [median(its) for its in seconds]
+    return seconds
 
 
 def measured_peak(device):
     a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
     product = lambda: a @ b
     timed([product], rounds=1)                                        # warm
-    return 2 * 8192 ** 3 / timed([product])[0]
+    return 2 * 8192 ** 3 / median(timed([product])[0])
 
 
 def options(**changes):
@@ -129,7 +129,7 @@ def bench_step(args, device, results):
     print(f"\n{name}, torch {torch.__version__}, a bf16 product of 8192x8192 matrices runs at {peak / 1e12:.0f} TFLOP/s")
     results["step"] = {"device": name, "peak": peak, "rows": []}
     for n in (32, 128):
-        print(f"\none step, RoBERTa-base's shape, {n} x 128 tokens, bf16{'':15}ms  examples/s   of peak   GiB   to PEFT eager")
+        print(f"\none step, RoBERTa-base's shape, {n} x 128 tokens, bf16{'':15}ms    quartiles  examples/s   of peak   GiB   to PEFT eager   to LoRA")
         groups = []
         if transformers:
             ids = torch.randint(5, 50000, (n, 128), device=device)
@@ -154,12 +154,16 @@ def bench_step(args, device, results):
                 for _ in range(8):                                    # to warm up, compile and record
                     steps[-1]()
                 memory.append(torch.cuda.max_memory_allocated() - before)
-            for label, seconds, most in zip(group, timed(steps), memory):
+            times = timed(steps)
+            for label, its, most in zip(group, times, memory):
+                low, seconds, high = quantiles(its)
                 first = first or seconds
-                row = {"batch": n, "what": label, "ms": 1000 * seconds, "examples_per_s": n / seconds, "of_peak": 4 * weights * n * 128 / seconds / peak,
-                       "GiB": most / 2 ** 30, "to_first": first / seconds}
+                row = {"batch": n, "what": label, "ms": 1000 * seconds, "quartiles": (1000 * low, 1000 * high), "examples_per_s": n / seconds,
+                       "of_peak": 4 * weights * n * 128 / seconds / peak, "GiB": most / 2 ** 30, "to_first": first / seconds,
+                       "to_lora": median(a / b for a, b in zip(its, times[0]))}                  # of the same round
                 results["step"]["rows"].append(row)
-                print(f"{label:55}{row['ms']:8.2f}{row['examples_per_s']:12,.0f}{row['of_peak']:10.1%}{row['GiB']:6.2f}{row['to_first']:10.2f}", flush=True)
+                print(f"{label:55}{row['ms']:8.2f}{1000 * low:7.2f}-{1000 * high:5.2f}{row['examples_per_s']:12,.0f}{row['of_peak']:10.1%}"
+                      f"{row['GiB']:6.2f}{row['to_first']:16.2f}{row['to_lora']:10.3f}", flush=True)
 
 
 def bench_epoch(args, device, results):

@@ -17,6 +17,9 @@ from data.glue import Split
 from model import Transformer
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
 @pytest.fixture
 def little(tmp_path, monkeypatch, bert_folder):
     """Arguments of a run on 60 made-up SST-2 sentences ("warm" is good, "cold" is not) with a two-layer encoder."""
@@ -133,7 +136,9 @@ def test_the_same_seed_gives_the_same_numbers_and_another_one_others(little, cap
     assert losses[0] == losses[1] != losses[2]
 
 
-def test_a_stopped_run_keeps_its_last_epoch_and_resumes_to_the_same_result(little, capsys, monkeypatch):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_a_stopped_run_keeps_its_last_epoch_and_resumes_to_the_same_result(little, capsys, monkeypatch, device):
+    little += ["--device", device]
     run([*little, "--epochs", "4", "--out", "whole.pt"], capsys)
     save, saves = train.save, []
 
@@ -146,7 +151,7 @@ def test_a_stopped_run_keeps_its_last_epoch_and_resumes_to_the_same_result(littl
         patch.setattr(train, "save", stop_after_two)
         assert "--resume" in fails([*little, "--epochs", "4", "--out", "part.pt"], capsys)
     assert len(torch.load("part.pt", weights_only=True)["history"]) == 2
-    run(["--resume", "part.pt", "--device", "cpu"], capsys)
+    run(["--resume", "part.pt", "--device", device], capsys)
     whole, part = (torch.load(file, weights_only=True) for file in ("whole.pt", "part.pt"))
     assert [epoch["loss"] for epoch in whole["history"]] == [epoch["loss"] for epoch in part["history"]]
     assert whole["results"] == part["results"]
@@ -260,7 +265,7 @@ def test_two_processes_get_the_weights_of_one(little, capsys, tmp_path, bert_fol
     assert [e["loss"] for e in one["history"]] == pytest.approx([e["loss"] for e in two["history"]], abs=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 @pytest.mark.parametrize("method", ["lora", "condlora", "full", "head"])
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_replayed_steps_are_the_plain_loops(little, capsys, bert_folder, method, dtype, tolerance):
