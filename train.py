@@ -21,6 +21,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")           # cuBLAS g
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn    # its functions have the process group for a default: imported by AdamW, later, they would keep it past its end
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -444,7 +445,8 @@ def fit(model, data, metrics, args, precision, checkpoint):
         if best["epoch"] == epoch:
             checkpoint["weights"] = trained_weights(model)
         generators = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-        checkpoint |= {"last": trained_weights(model), "optimizer": trainer.optimizer.state_dict()["state"],
+        state = {i: {name: x.cpu() for name, x in its.items()} for i, its in trainer.optimizer.state_dict()["state"].items()}
+        checkpoint |= {"last": trained_weights(model), "optimizer": state,     # all on the CPU: it may be read where there is no GPU
                        "best_epoch": best["epoch"], "rng": generators}
         save(checkpoint, args.out)
         if TALKS:
