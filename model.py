@@ -55,16 +55,30 @@ class Config:
         return self.max_position_embeddings - (self.pad_token_id + 1 if self.model_type == "roberta" else 0)
 
 
+class Dropout(nn.Dropout):
+    """nn.Dropout, which on a CPU takes twice as long to draw which numbers to drop as this does."""
+
+    def forward(self, x):
+        if x.is_cuda or not self.training or not self.p:
+            return super().forward(x)
+        return (x * torch.rand(x.shape, device=x.device).ge_(self.p).div_(1 - self.p)).to(x.dtype)
+
+
 class Attention(nn.Module):
     def __init__(self, config):
         super().__init__()
         d = config.hidden_size
-        self.n_heads, self.dropout = config.num_attention_heads, config.attention_probs_dropout_prob
+        self.n_heads, self.dropout = config.num_attention_heads, Dropout(config.attention_probs_dropout_prob)
         self.query, self.key, self.value, self.out = (nn.Linear(d, d) for _ in range(4))
 
     def forward(self, x, context, mask):       # x (B, t, d) attends to context (B, T, d); mask (B, 1, 1, T) or None
         q, k, v = (y.unflatten(2, (self.n_heads, -1)).transpose(1, 2) for y in (self.query(x), self.key(context), self.value(context)))
-        y = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)   # (B, nh, t, hs)
+        p = self.dropout.p if self.training else 0.0
+        if x.is_cuda or not p:
+            y = F.scaled_dot_product_attention(q, k, v, mask, p)      # (B, nh, t, hs)
+        else:                                                         # the same, which on a CPU has no fused form with dropout
+            scores = q / math.sqrt(q.shape[-1]) @ k.mT                # (B, nh, t, T)
+            y = self.dropout(F.softmax(scores if mask is None else scores + mask, -1)) @ v
         return self.out(y.transpose(1, 2).flatten(2))
 
 
@@ -76,7 +90,7 @@ class Layer(nn.Module):
         self.norm1 = nn.LayerNorm(d, eps)
         self.fc1, self.fc2 = nn.Linear(d, config.intermediate_size), nn.Linear(config.intermediate_size, d)
         self.norm2 = nn.LayerNorm(d, eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x, mask, first_only=False):                     # (B, T, d) -> (B, T, d), or of the first token: (B, 1, d)
         context, x = x, x[:, :1].contiguous() if first_only else x
@@ -93,7 +107,7 @@ class Embeddings(nn.Module):
         self.position = nn.Embedding(config.max_position_embeddings, d)
         self.token_type = nn.Embedding(config.type_vocab_size, d)
         self.norm = nn.LayerNorm(d, config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids, token_type_ids):                     # both (B, T)
         if self.config.model_type == "roberta":                       # counts the tokens that are no padding, from pad + 1
@@ -114,7 +128,7 @@ class Head(nn.Module):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.n_out)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = Dropout(config.hidden_dropout_prob)
         self.dropout_first = config.model_type == "roberta"           # RoBERTa drops the dense layer's input too
 
     def forward(self, x):                                             # (B, T, d) -> (B, n_out)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import hf_state, write_encoder
 
-from model import Config, Transformer, read_safetensors
+from model import Config, Dropout, Transformer, read_safetensors
 
 # transformers.BertForSequenceClassification and RobertaForSequenceClassification, on conftest's weights
 LOGITS = {"bert": [[0.260298, -0.920873], [0.915708, -0.847392]], "roberta": [[-0.220207, -1.34343], [-0.161204, -1.503876]]}
@@ -35,6 +35,26 @@ def test_logits_are_transformers_own_with_padding_in_the_batch(tmp_path, model_t
     model = Transformer.from_pretrained(write_encoder(tmp_path / "m", model_type), n_out=2).eval()
     logits = model(*padded_batch(pad=model.config.pad_token_id))
     assert torch.allclose(logits, torch.tensor(LOGITS[model_type]), atol=2e-6)
+
+
+@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+def test_logits_in_training_are_the_same_where_dropout_drops_nothing(tmp_path, model_type):
+    folder = write_encoder(tmp_path / "m", model_type, hidden_dropout_prob=1e-12, attention_probs_dropout_prob=1e-12)
+    model = Transformer.from_pretrained(folder, n_out=2).train()      # on a CPU this takes attention's other branch
+    assert torch.allclose(model(*padded_batch(pad=model.config.pad_token_id)), torch.tensor(LOGITS[model_type]), atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_drops_a_share_p_and_scales_the_rest_in_values_and_gradients(dtype):
+    torch.manual_seed(0)
+    x = torch.ones(100000, dtype=dtype, requires_grad=True)
+    y = Dropout(0.1)(x)
+    kept = y != 0
+    assert kept.float().mean().item() == pytest.approx(0.9, abs=4 * (0.1 * 0.9 / 100000) ** 0.5)      # four standard deviations
+    assert y.dtype == dtype and torch.equal(y, (kept / 0.9).to(dtype))
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    assert Dropout(0.0)(x) is x and Dropout(0.1).eval()(x) is x
 
 
 def test_the_first_tokens_state_is_the_same_without_computing_the_others(bert_folder):
