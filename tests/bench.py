@@ -127,7 +127,7 @@ def condlora_in_transformers(model):
 
 def bench_step(args, device, results):
     """Training steps of RoBERTa-base's shape, 128 tokens wide, bf16."""
-    time.sleep(2)
+    time.sleep(2)                                                     # to begin with a rested GPU
     peak, rested = measured_peak(device)
     weights = 12 * (4 * 768 * 768 + 2 * 768 * 3072)
     name = torch.cuda.get_device_name()
