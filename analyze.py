@@ -1,53 +1,91 @@
-"""The conversion-matrix analysis: are the matrices that turn W0 into the trained A, B and BA alike across layers?
+"""Are the matrices that turn W0 into A, B and BA alike across layers?
 
-    python analyze.py ckpt.pt                        # of a LoRA checkpoint; the picture goes to ckpt.svg
-    python analyze.py ckpt.pt --compare other.pt     # beside another one: LoRA and CondLoRA, or two seeds
+    python analyze.py ckpt.pt                        # tables; the picture goes to ckpt.svg
+    python analyze.py ckpt.pt --compare other.pt     # LoRA and CondLoRA, or two seeds
 
-For each layer  C_A = W0^-1 A^T,  C_B = W0^-1 B,  C_BA = W0^-1 B A  (Kim et al. 2024, arXiv:2403.14946, section 3), compared by the
-subspace similarity of the LoRA paper (Hu et al. 2022, arXiv:2106.09685, section 7.2): phi is 0 for orthogonal subspaces and 1 where
-one holds the other. Beside the trained factors stand three baselines: untrained ones through the same W0^-1, which tell what W0
-does by itself; the trained ones without W0^-1 ("raw"); and random matrices, the only baseline of the paper.
+For each layer  C_A = W0^-1 A^T,  C_B = W0^-1 B,  C_BA = W0^-1 B A  (Kim et al. 2024,
+arXiv:2403.14946, section 3), compared by the subspace similarity phi of the LoRA paper (Hu et al.
+2022, arXiv:2106.09685, section 7.2): 0 for orthogonal subspaces, 1 where one holds the other.
+
+LoRA:     the conversion matrices of every two layers. The control, which the paper lacks, is
+          untrained A and B through the same W0^-1: it tells what W0 does by itself.
+CondLoRA: every layer has the same conversion matrices, the thetas. The question turns round: how
+          alike are A and B, made by one theta from different W0? The control is untrained thetas.
 """
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from condlora import LoRALinear, adapt
-from model import Transformer, check_encoder, load_checkpoint
+from condlora import adapt, adapted_layers
+from data import checkpoint as checkpoints
+from model import Transformer
 
-MATRICES = ("A", "B", "BA")
-SEEDS = 10                          # draws of each random baseline
-
-
-# The formulas --------------------------------------------------------------------------------------------------------
-
-def regular(W0, values):
-    """Whether W0, with these singular values, is square and of full rank within rounding: then it can be solved with."""
-    return W0.shape[0] == W0.shape[1] and bool(values[-1] > values[0] * max(W0.shape) * torch.finfo(W0.dtype).eps)
+DRAWS = 10  # of each random baseline
 
 
-def solve(W0, X, is_regular):
-    """C with W0 C = X, or the smallest least-squares solution where W0 is rectangular or singular."""
-    if is_regular:
-        return torch.linalg.solve(W0, X)
-    return torch.linalg.pinv(W0, rtol=max(W0.shape) * torch.finfo(W0.dtype).eps) @ X
+# The formulas ------------------------------------------------------------------------------------
+
+def solver(W0):
+    """A function that gives C with W0 C = X for any X, from one factorization of W0.
+
+    Where W0 is rectangular or singular, C is the smallest least-squares solution.
+    """
+    if is_regular(W0):
+        LU, pivots = torch.linalg.lu_factor(W0)
+        return lambda X: torch.linalg.lu_solve(LU, pivots, X)
+    inverse = torch.linalg.pinv(W0, rtol=rounding(W0))
+    return lambda X: inverse @ X
 
 
-def conversion_matrices(W0, A, B):
-    """{"A": C_A (d, r), "B": C_B (d, r), "BA": C_BA (d, d)}, float64, for W0 (d_out, d_in), A (r, d_in), B (d_out, r).
+def is_regular(W0):
+    """Whether W0 is square and of full rank within rounding."""
+    values = torch.linalg.svdvals(W0)
+    return W0.shape[0] == W0.shape[1] and bool(values[-1] > values[0] * rounding(W0))
 
-    W0 C_A = A^T, W0 C_B = B and W0 C_BA = B A, solved and not inverted. In a rectangular W0 CondLoRA's A comes from the columns, so
-    C_A (d_out, r) is the solution of W0^T C_A = A^T; that and the others are least squares there, and where W0 is singular.
+
+def rounding(W0):
+    return max(W0.shape) * torch.finfo(W0.dtype).eps
+
+
+def conversion_matrices(W0, A, B, solve=None):
+    """{"A": C_A (d, r), "B": C_B (d, r), "BA": C_BA (d, d)}, float64.
+
+    For W0 (d_out, d_in), A (r, d_in), B (d_out, r):  W0 C_A = A^T,  W0 C_B = B,  W0 C_BA = B A.
+    CondLoRA reads A from the columns of a rectangular W0: there W0^T C_A = A^T, C_A (d_out, r).
+    `solve` is solver(W0), for those who have it already (of a square W0).
     """
     W0, A, B = (torch.as_tensor(x).double() for x in (W0, A, B))
-    is_regular = regular(W0, torch.linalg.svdvals(W0))
-    C_B = solve(W0, B, is_regular)
-    return {"A": solve(W0 if W0.shape[0] == W0.shape[1] else W0.T, A.T, is_regular), "B": C_B, "BA": C_B @ A}
+    solve = solve or solver(W0)
+    solve_A = solve if W0.shape[0] == W0.shape[1] else solver(W0.T)
+    C_B = solve(B)
+    return {"A": solve_A(A.T), "B": C_B, "BA": C_B @ A}
+
+
+def subspace_similarity(X, Y, i, j, side="left"):
+    """phi(X, Y, i, j), from 0 to 1 (Hu et al. 2022, equation 4).
+
+    How much of the span of X's first i singular vectors lies in that of Y's first j, or the other
+    way round. side: "left" or "right" singular vectors. Raises ValueError where X or Y has no i-th
+    or j-th singular vector, or where their vectors differ in length.
+    """
+    X, Y = (torch.as_tensor(x).double() for x in (X, Y))
+    if side not in ("left", "right"):
+        raise ValueError(f"side is {side!r}: use 'left' or 'right'")
+    for name, k, matrix in (("i", i, X), ("j", j, Y)):
+        if not 1 <= k <= min(matrix.shape):
+            raise ValueError(f"{name} is {k}: a matrix of shape {tuple(matrix.shape)} has "
+                             f"{min(matrix.shape)} singular vectors")
+    X, Y = singular_vectors(X, side), singular_vectors(Y, side)
+    if X.shape[0] != Y.shape[0]:
+        raise ValueError(f"the singular vectors have lengths {X.shape[0]} and {Y.shape[0]}")
+    return phi(X, Y, i, j).item()
 
 
 def singular_vectors(matrix, side):
@@ -57,106 +95,135 @@ def singular_vectors(matrix, side):
 
 
 def thin_svd(P, Q):
-    """The SVD U (m, r), S (r), V (n, r) of the product of P (..., m, r) and Q (..., r, n), which is never formed."""
-    (U, R), (V, T) = torch.linalg.qr(P), torch.linalg.qr(Q.mT)
+    """U (..., m, r), S (..., r), V (..., n, r) of P Q, which is never formed: P (..., m, r)."""
+    U, R = torch.linalg.qr(P)
+    V, T = torch.linalg.qr(Q.mT)
     u, S, vh = torch.linalg.svd(R @ T.mT)
     return U @ u, S, V @ vh.mT
 
 
 def phi(X, Y, i, j):
-    """||X_i^T Y_j||_F^2 / min(i, j) of orthonormal columns X (..., d, >= i) and Y (..., d, >= j), of which the first i and j count."""
+    """||X_i^T Y_j||_F^2 / min(i, j) of orthonormal columns X (..., d, m) and Y (..., d, n)."""
     return (X[..., :i].mT @ Y[..., :j]).square().sum((-2, -1)) / min(i, j)
 
 
-def subspace_similarity(X, Y, i, j, side="left"):
-    """phi(X, Y, i, j), from 0 to 1: how much of the span of X's first i singular vectors lies in that of Y's first j, or the
-    other way round (Hu et al. 2022, equation 4). side "left" or "right" singular vectors. Raises ValueError where X or Y has no
-    i-th or j-th singular vector, or their lengths differ."""
-    X, Y = (torch.as_tensor(x).double() for x in (X, Y))
-    if side not in ("left", "right"):
-        raise ValueError(f"side is {side!r}: use 'left' or 'right'")
-    for name, k, matrix in (("i", i, X), ("j", j, Y)):
-        if not 1 <= k <= min(matrix.shape):
-            raise ValueError(f"{name} is {k}: a matrix of shape {tuple(matrix.shape)} has {min(matrix.shape)} singular vectors")
-    X, Y = singular_vectors(X, side), singular_vectors(Y, side)
-    if X.shape[0] != Y.shape[0]:
-        raise ValueError(f"the singular vectors have lengths {X.shape[0]} and {Y.shape[0]}")
-    return phi(X, Y, i, j).item()
+# What is compared --------------------------------------------------------------------------------
+
+class Layer(NamedTuple):
+    """One adapted layer of a checkpoint, float64."""
+
+    W0: torch.Tensor  # (d_out, d_in)
+    A: torch.Tensor  # (r, d_in)
+    B: torch.Tensor  # (d_out, r)
+    scale: float
+    theta_A: torch.Tensor | None  # (r, d), the same in all layers; None in LoRA
+    theta_B: torch.Tensor | None
 
 
-# What a checkpoint holds ---------------------------------------------------------------------------------------------
+class Matrices(NamedTuple):
+    """What is compared across layers, stacked; BA = B @ right is never formed."""
 
-class Factors:
-    """One target of a checkpoint, its L layers stacked, in float64: W0 (L, d_out, d_in), A (L, r, d_in), B (L, d_out, r), and C_A
-    and C_B with them. Everything that is solved with a W0, the untrained factors too, is solved at once."""
-
-    def __init__(self, layers, bar):
-        self.W0 = torch.stack([layer.W0 for layer in layers])
-        self.A, self.B = (torch.stack(factors) for factors in zip(*(layer.factors() for layer in layers)))
-        self.scale = layers[0].scale
-        self.theta = layers[0].shared[0] if layers[0].shared else None
-        (L, r, d_in), d_out = self.A.shape, self.B.shape[1]
-        device = self.A.device
-        # fresh factors as `adapt` starts them, B Gaussian: zero has no subspace. Uniform or Gaussian, any scale gives the same phi
-        draw = torch.Generator().manual_seed(0)
-        rand = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64).to(device)
-        uniform = lambda *shape: (2 * torch.rand(*shape, generator=draw, dtype=torch.float64) - 1).to(device)
-        untrained = [(uniform(L, r, d_in), rand(L, d_out, r)) for _ in range(SEEDS)]
-        A = torch.cat([self.A, *(a for a, _ in untrained)], 1).mT     # (L, d_in, (1 + SEEDS) r)
-        B = torch.cat([self.B, *(b for _, b in untrained)], 2)
-        self.condition, self.regular, C_A, C_B = [], [], [], []
-        for W0, a, b in zip(self.W0, A, B):
-            values = torch.linalg.svdvals(W0)
-            self.condition.append((values[0] / values[-1]).item())
-            self.regular.append(regular(W0, values))
-            if d_out == d_in:
-                both = solve(W0, torch.cat([a, b], 1), self.regular[-1])
-                C_A.append(both[:, :a.shape[1]])
-                C_B.append(both[:, a.shape[1]:])
-            else:
-                C_A.append(solve(W0.T, a, False))
-                C_B.append(solve(W0, b, False))
-            bar.update()
-        C_A, C_B = torch.stack(C_A), torch.stack(C_B)
-        (self.C_A, *fresh_A), (self.C_B, *fresh_B) = C_A.split(r, 2), C_B.split(r, 2)
-        # each way of making three matrices a layer: (C_A, C_B, A), and C_BA is the product of the last two
-        self.trained = self.C_A, self.C_B, self.A
-        self.raw = self.A.mT, self.B, self.A
-        self.control = [(a, b, fresh) for a, b, (fresh, _) in zip(fresh_A, fresh_B, untrained)]
-        self.random = [(rand(*self.C_A.shape), rand(*self.C_B.shape), rand(*self.A.shape)) for _ in range(SEEDS)]
+    A: torch.Tensor  # (L, d, r)
+    B: torch.Tensor  # (L, d, r)
+    right: torch.Tensor  # (L, r, d)
 
 
-def read(file, init_from, device):
-    """({target: Factors}, checkpoint) of a checkpoint's file."""
-    checkpoint = load_checkpoint(file)
-    settings = checkpoint["settings"]
-    if settings["method"] not in ("lora", "condlora"):
-        raise ValueError(f"{file} was trained with --method {settings['method']}, which has no A and B: "
-                         f"train one with --method lora or condlora")
-    folder = Path(init_from or checkpoint["encoder"]["path"])
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the encoder of {file} is not at {folder} any more: say where it is with --init_from")
-    check_encoder(folder, checkpoint, file)
-    model = Transformer.from_pretrained(folder, checkpoint["config"]["n_out"])
-    adapt(model, settings["method"], settings["targets"], settings["rank"], settings["alpha"])
-    model.load_state_dict(checkpoint["weights"], strict=False)
-    model.double().to(device)
-    layers = {}
-    for name, module in model.named_modules():
-        if isinstance(module, LoRALinear):
-            layers.setdefault(name.rpartition(".")[2], []).append(module)
-    with tqdm(total=sum(map(len, layers.values())), desc="solving", unit="layer", leave=False, delay=1) as bar:
-        return {target: Factors(some, bar) for target, some in layers.items()}, checkpoint
+def random_factors(A, B, draw):
+    """Fresh A and B of these shapes: A uniform as adapt has it, B Gaussian (zero has no span)."""
+    bound = 1 / math.sqrt(A.shape[1])
+    fresh_A = torch.empty(A.shape, dtype=torch.float64).uniform_(-bound, bound, generator=draw)
+    fresh_B = torch.randn(B.shape, dtype=torch.float64, generator=draw)
+    return fresh_A.to(A.device), fresh_B.to(B.device)
 
 
-# The tables ----------------------------------------------------------------------------------------------------------
+def trained_and_controls(layers, draw):
+    """(Matrices of the trained layers, a list of Matrices of as many untrained ones as DRAWS)."""
+    if layers[0].theta_A is None:
+        return conversions_of_lora(layers, draw)
+    return factors_of_condlora(layers, draw)
 
-def similarities(matrices, i, j, side):
-    """{"A", "B", "BA": phi of every pair of layers, (L, L)} of (C_A, C_B, A), each stacked over layers and decomposed once."""
-    C_A, C_B, A = matrices
-    U, _, V = thin_svd(C_B, A)
-    vectors = {"A": singular_vectors(C_A, side), "B": singular_vectors(C_B, side), "BA": U if side == "left" else V}
-    return {name: phi(x[:, None], x[None], i, j) for name, x in vectors.items()}
+
+def conversions_of_lora(layers, draw):
+    """Conversion matrices, of the trained factors and of untrained ones, through the same W0."""
+    stacks = [[] for _ in range(1 + DRAWS)]
+    for layer in tqdm(layers, "solving", unit="layer", leave=False, delay=1):
+        solve = solver(layer.W0)
+        factors = [(layer.A, layer.B)]
+        factors += [random_factors(layer.A, layer.B, draw) for _ in range(DRAWS)]
+        for stack, (A, B) in zip(stacks, factors):
+            C = conversion_matrices(layer.W0, A, B, solve)
+            stack.append((C["A"], C["B"], A))
+    trained, *controls = (stacked(stack) for stack in stacks)
+    return trained, controls
+
+
+def factors_of_condlora(layers, draw):
+    """A and B themselves: of the trained thetas, and of untrained ones through the same W0."""
+    trained = stacked([(layer.A.T, layer.B, layer.A) for layer in layers])
+    controls = []
+    for _ in range(DRAWS):
+        theta_A, theta_B = random_factors(layers[0].theta_A, layers[0].theta_B, draw)
+        factors = []
+        for W0, *_ in layers:
+            square = W0.shape[0] == W0.shape[1]
+            A_T, B = (W0 if square else W0.T) @ theta_A.T, W0 @ theta_B.T
+            factors.append((A_T, B, A_T.T))
+        controls.append(stacked(factors))
+    return trained, controls
+
+
+def stacked(triples):
+    return Matrices(*(torch.stack(tensors) for tensors in zip(*triples)))
+
+
+def random_like(matrices, draw):
+    """Gaussian matrices of the same shapes: the paper's baseline."""
+    drawn = (torch.randn(x.shape, dtype=torch.float64, generator=draw) for x in matrices)
+    return Matrices(*(x.to(matrices.A.device) for x in drawn))
+
+
+# Reckoning ---------------------------------------------------------------------------------------
+
+def similarity_maps(matrices, i, j, side):
+    """{"A", "B", "BA": phi of every two layers, (L, L)}; each matrix is decomposed once."""
+    left, _, right = thin_svd(matrices.B, matrices.right)
+    vectors = {
+        "A": singular_vectors(matrices.A, side),
+        "B": singular_vectors(matrices.B, side),
+        "BA": left if side == "left" else right,
+    }
+    return {name: phi(X[:, None], X[None], i, j) for name, X in vectors.items()}
+
+
+def likeness(layers, i, j, side):
+    """{"A", "B", "BA": a row of the main table}, a dict of figures and of the maps behind them.
+
+    Where i and j are the rank, BA and B have the same left vectors, and BA's row is left out.
+    """
+    draw = torch.Generator().manual_seed(0)
+    trained, controls = trained_and_controls(layers, draw)
+    raw = stacked([(layer.A.T, layer.B, layer.A) for layer in layers])
+    trained_map = similarity_maps(trained, i, j, side)
+    raw_map = similarity_maps(raw, i, j, side)
+    control_maps = [similarity_maps(x, i, j, side) for x in controls]
+    random_maps = [similarity_maps(random_like(trained, draw), i, j, side) for _ in range(DRAWS)]
+    rank = layers[0].A.shape[0]
+    names = ("A", "B") if i == j == rank and side == "left" else ("A", "B", "BA")
+    rows = {}
+    for name in names:
+        mean = mean_of_pairs(trained_map[name])
+        control = mean_and_deviation([mean_of_pairs(x[name]) for x in control_maps])
+        rows[name] = {
+            "trained": mean,
+            "control": control,
+            # Where phi is 1 by definition, rounding is all the deviation there is.
+            "distance": (mean - control[0]) / control[1] if control[1] > 1e-9 else 0.0,
+            "raw": mean_of_pairs(raw_map[name]),
+            "random": mean_and_deviation([mean_of_pairs(x[name]) for x in random_maps]),
+            "map": trained_map[name].tolist(),
+            "control_map": torch.stack([x[name] for x in control_maps]).mean(0).tolist(),
+        }
+    return rows
 
 
 def mean_of_pairs(square):
@@ -170,247 +237,320 @@ def mean_and_deviation(values):
     return values.mean().item(), values.std().item()
 
 
-def likeness(factors, i, j, side):
-    """A dict a matrix: the figures of the main table, and the (L, L) maps behind it."""
-    found = {kind: similarities(getattr(factors, kind), i, j, side) for kind in ("trained", "raw")}
-    drawn = {kind: [similarities(x, i, j, side) for x in getattr(factors, kind)] for kind in ("control", "random")}
-    rows = {}
-    for name in MATRICES:
-        trained, raw = (mean_of_pairs(found[kind][name]) for kind in ("trained", "raw"))
-        control, random = (mean_and_deviation([mean_of_pairs(x[name]) for x in drawn[kind]]) for kind in ("control", "random"))
-        # where phi is 1 by definition (all r of r right singular vectors), rounding is all the deviation there is
-        distance = (trained - control[0]) / control[1] if control[1] > 1e-9 else 0.0
-        rows[name] = {"trained": trained, "control": control, "distance": distance, "raw": raw, "random": random,
-                      "map": found["trained"][name].tolist(),
-                      "control_map": torch.stack([x[name] for x in drawn["control"]]).mean(0).tolist()}
-    return rows
-
-
-def verdict(table):
-    """What the figures of the main table say, in a sentence or two."""
-    alike, beyond, less = [], [], []
-    for target, rows in table.items():
-        for name, row in rows.items():
-            if row["trained"] > row["random"][0] + 3 * row["random"][1]:
-                alike.append(f"{target} {name}")
-                if row["distance"] > 3:
-                    share = (row["trained"] - row["control"][0]) / (row["trained"] - row["random"][0])
-                    beyond.append(f"{target} {name} ({share:.0%} of its likeness)")
-            if row["distance"] < -3:
-                less.append(f"{target} {name}")
-    if not alike:
-        text = "No conversion matrices are more alike across layers than random ones, by more than 3 deviations."
-    elif not beyond:
-        text = (f"More alike across layers than random ones: {', '.join(alike)}; but untrained factors behind the same W0^-1 are as "
-                f"alike, within 3 deviations: the likeness is W0's, not training's.")
-    else:
-        text = (f"More alike across layers than random ones: {', '.join(alike)}. Training adds to what W0^-1 does by itself, by more "
-                f"than 3 deviations, in {', '.join(beyond)}; the rest of the likeness is W0's.")
-    return text + (f" Less alike than the control: {', '.join(less)}." if less else "")
-
-
-def random_basis(shape, draw):
-    """Orthonormal columns (..., d, r) that span random subspaces."""
-    return torch.linalg.qr(torch.randn(shape, generator=draw, dtype=torch.float64))[0]
-
-
-def amplification(factors):
-    """A dict a layer: ||dW||_F, ||U^T W0 V||_F in dW's directions and in random ones, and the factors between (Hu et al. 2022,
-    section 7.3)."""
-    draw = torch.Generator().manual_seed(1)
-    U, S, V = thin_svd(factors.scale * factors.B, factors.A)
-    rows = []
-    for W0, u, s, v in zip(factors.W0, U, S, V):
-        delta, kept = s.norm().item(), (u.T @ W0 @ v).norm().item()
-        bases = [[random_basis((d, len(s)), draw).to(W0.device) for d in W0.shape] for _ in range(SEEDS)]
-        at_random = sum((a.T @ W0 @ b).norm().item() for a, b in bases) / SEEDS
-        rows.append({"delta": delta, "W0": W0.norm().item(), "kept": kept, "factor": delta / kept,
-                     "random": at_random, "random_factor": delta / at_random})
-    return rows
-
-
-def theta_check(factors):
-    """How far every layer's C_A and C_B are from the one theta_A^T and theta_B^T, relative to its largest number, and theta's
-    singular values."""
+def theta_check(layers):
+    """How far all layers' conversion matrices are from theta^T, and theta's singular values."""
     found = {}
-    for name, C, theta in (("A", factors.C_A, factors.theta.theta_A), ("B", factors.C_B, factors.theta.theta_B)):
-        found[name] = {"largest_deviation": ((C - theta.T).abs().max() / theta.abs().max()).item(),
-                       "singular_values": torch.linalg.svdvals(theta).tolist()}
+    for name in ("A", "B"):
+        theta = getattr(layers[0], f"theta_{name}")
+        deviations = [(conversion_matrices(W0, A, B)[name] - theta.T).abs().max()
+                      for W0, A, B, *_ in layers]
+        found[name] = {
+            "largest_deviation": (max(deviations) / theta.abs().max()).item(),
+            "singular_values": torch.linalg.svdvals(theta).tolist(),
+        }
     return found
 
 
-def comparison(one, two, i, j):
-    """{matrix: the mean over layers of phi between two checkpoints, and mean and deviation of the same between random matrices and, of
-    conversion matrices, between untrained ones}. A's are right singular vectors, the others' left."""
-    def vectors(f):
-        return {"A": singular_vectors(f.A, "right"), "B": singular_vectors(f.B, "left"), "dW": thin_svd(f.B, f.A)[0],
-                "C_A": singular_vectors(f.C_A, "left"), "C_B": singular_vectors(f.C_B, "left")}
+def amplification(layers):
+    """A dict a layer: how far dW amplifies directions that W0 has (Hu et al. 2022, section 7.3).
 
-    def untrained(f, k):                                              # CondLoRA's conversion matrices start as random ones, whatever W0 is
-        C_A, C_B, _ = f.random[k] if f.theta else f.control[k]
-        return {"C_A": singular_vectors(C_A, "left"), "C_B": singular_vectors(C_B, "left")}
-    draw = torch.Generator().manual_seed(2)
-    X, Y = vectors(one), vectors(two)
-    drawn = [(untrained(one, k), untrained(two, (k + 1) % SEEDS)) for k in range(SEEDS)]          # not the same draw on both sides
-    rows = {}
-    for name in X:
-        random = [[random_basis(x[name].shape, draw) for x in (X, Y)] for _ in range(SEEDS)]
-        rows[name] = {"phi": phi(X[name], Y[name], i, j).mean().item(),
-                      "random": mean_and_deviation([phi(x, y, i, j).mean().item() for x, y in random])}
-        if name in ("C_A", "C_B"):
-            rows[name]["control"] = mean_and_deviation([phi(x[name], y[name], i, j).mean().item() for x, y in drawn])
+    kept is ||U^T W0 V||_F in dW's directions, random the same in random ones.
+    """
+    draw = torch.Generator().manual_seed(1)
+
+    def random_basis(d, r):
+        return torch.linalg.qr(torch.randn(d, r, generator=draw, dtype=torch.float64))[0]
+
+    rows = []
+    for W0, A, B, scale, *_ in layers:
+        U, S, V = thin_svd(scale * B, A)
+        delta, kept = S.norm().item(), (U.T @ W0 @ V).norm().item()
+        bases = [[random_basis(d, len(S)).to(W0.device) for d in W0.shape] for _ in range(DRAWS)]
+        random = sum((P.T @ W0 @ Q).norm().item() for P, Q in bases) / DRAWS
+        rows.append({"delta": delta, "W0": W0.norm().item(), "kept": kept, "factor": delta / kept,
+                     "random": random, "random_factor": delta / random})
     return rows
 
 
-# The picture ---------------------------------------------------------------------------------------------------------
+def comparison(one, two, i, j):
+    """{matrix: phi between two checkpoints' layers, mean over layers, and its baselines}.
 
-COLOURS = [(0.0, (68, 1, 84)), (0.25, (59, 82, 139)), (0.5, (33, 145, 140)), (0.75, (94, 201, 98)), (1.0, (253, 231, 37))]
+    The control of C_A and C_B is untrained ones, drawn apart; A's are right vectors, others left.
+    """
+    draw = torch.Generator().manual_seed(2)
+
+    def mean_phi(pairs, side="left"):
+        values = [subspace_similarity(X, Y, i, j, side) for X, Y in pairs]
+        return sum(values) / len(values)
+
+    def conversions(layer, untrained=False):
+        if layer.theta_A is not None:  # they are theta, which starts at random
+            thetas = layer.theta_A, layer.theta_B
+            return [theta.T for theta in (random_factors(*thetas, draw) if untrained else thetas)]
+        factors = layer.A, layer.B
+        A, B = random_factors(*factors, draw) if untrained else factors
+        C = conversion_matrices(layer.W0, A, B, solvers[id(layer)])
+        return C["A"], C["B"]
+
+    solvers = {id(layer): solver(layer.W0) for layer in (*one, *two) if layer.theta_A is None}
+    pairs = list(zip(one, two))
+    rows = {
+        "A": {"phi": mean_phi([(a.A, b.A) for a, b in pairs], "right")},
+        "B": {"phi": mean_phi([(a.B, b.B) for a, b in pairs])},
+    }
+    trained = [(conversions(a), conversions(b)) for a, b in pairs]
+    controls = [[(conversions(a, untrained=True), conversions(b, untrained=True))
+                 for a, b in pairs] for _ in range(DRAWS)]
+    for k, name in enumerate(("C_A", "C_B")):
+        of_name = lambda both: [(X[k], Y[k]) for X, Y in both]
+        rows[name] = {
+            "phi": mean_phi(of_name(trained)),
+            "control": mean_and_deviation([mean_phi(of_name(drawn)) for drawn in controls]),
+        }
+    for name, (d, r) in {"A": one[0].A.T.shape, "B": one[0].B.shape}.items():
+        gaussians = torch.randn(DRAWS, len(pairs), 2, d, r, generator=draw, dtype=torch.float64)
+        random = mean_and_deviation([mean_phi(drawn) for drawn in gaussians])
+        rows[name]["random"] = rows[f"C_{name}"]["random"] = random
+    return rows
 
 
-def colour(value):
-    """Of a figure from 0 to 1: dark violet over green to yellow."""
-    value = min(max(value, 0.0), 1.0)
-    low, high = next((a, b) for a, b in zip(COLOURS, COLOURS[1:]) if value <= b[0])
-    share = (value - low[0]) / (high[0] - low[0])
-    return "#%02x%02x%02x" % tuple(round(a + share * (b - a)) for a, b in zip(low[1], high[1]))
+# The picture -------------------------------------------------------------------------------------
+
+VIRIDIS = [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)]
+BLUE_WHITE_RED = [(33, 102, 172), (146, 197, 222), (247, 247, 247), (244, 165, 130), (178, 24, 43)]
+
+
+def colour(value, low, high, scale):
+    """The scale's colour for a value between low and high, as #rrggbb."""
+    position = (len(scale) - 1) * min(max((value - low) / (high - low), 0.0), 1.0)
+    index = min(int(position), len(scale) - 2)
+    share = position - index
+    mixed = [round(a + share * (b - a)) for a, b in zip(scale[index], scale[index + 1])]
+    return "#%02x%02x%02x" % tuple(mixed)
 
 
 def svg(table, title):
-    """A self-contained picture: for each target a row of maps, layer by layer, trained beside control, for A, B and BA."""
-    L = len(next(iter(table.values()))["A"]["map"])
-    cell, gap, left, top = max(26, 160 // L), 34, 96, 84               # wide enough for the words above a map of few layers
-    side = L * cell
-    width, height = left + 6 * (side + gap), top + len(table) * (side + 72) + 46
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img" '
-             f'font-family="system-ui, sans-serif" font-size="13">',
-             "<style>.paper{fill:#ffffff} .ink{fill:#1f2328} "
-             "@media (prefers-color-scheme: dark){.paper{fill:#0d1117} .ink{fill:#e6edf3}}</style>",
-             f'<rect class="paper" width="{width}" height="{height}"/>']
+    """A self-contained picture: for each matrix three maps, layer by layer, of trained, control and
+    their difference. The colours span the cells shown, from the random baseline up; the diagonal,
+    1 by definition, is blank."""
+    maps = []  # (name, [trained, control, difference]) of (L, L) tensors
+    for target, rows in table.items():
+        for name, row in rows.items():
+            trained, control = torch.tensor(row["map"]), torch.tensor(row["control_map"])
+            maps.append((f"{target} {name}", [trained, control, trained - control]))
+    L = len(maps[0][1][0])
+    off_diagonal = ~torch.eye(L, dtype=torch.bool)
+    low = min(row["random"][0] for rows in table.values() for row in rows.values())
+    high = max(x[off_diagonal].max().item() for _, three in maps for x in three[:2])
+    high = max(high, low + 1e-6)
+    most = max(three[2][off_diagonal].abs().max().item() for _, three in maps) + 1e-6
+    scales = [(low, high, VIRIDIS), (low, high, VIRIDIS), (-most, most, BLUE_WHITE_RED)]
 
-    def write(x, y, text, size=13, anchor="start", fill=None):
-        ink = f'fill="{fill}"' if fill else 'class="ink"'
-        parts.append(f'<text {ink} x="{x}" y="{y}" font-size="{size}" text-anchor="{anchor}">{text}</text>')
-    write(left, 28, title, 17)
-    write(left, 50, f"similarity of the conversion matrices of every two layers; control: the mean of {SEEDS} draws of untrained factors "
-                    f"through the same W0\u207b\u00b9")
-    for number, (target, rows) in enumerate(table.items()):
-        y0 = top + number * (side + 72) + 24
-        write(12, y0 + side / 2, target, 15)
-        for column, (name, kind) in enumerate((name, kind) for name in MATRICES for kind in ("trained", "control")):
-            x0 = left + column * (side + gap) - (8 if kind == "control" else 0)
-            row = rows[name]
-            mean, values = (row["trained"], row["map"]) if kind == "trained" else (row["control"][0], row["control_map"])
-            write(x0, y0 - 8, f"{name} {kind}, mean {mean:.3f}")
+    cell = max(14, 168 // L)
+    side, left, top = L * cell, 100, 96
+    column, row_height = max(side, 168) + 40, side + 44
+    width, height = left + 3 * column, top + len(maps) * row_height + 50
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" role="img" font-family="system-ui, sans-serif">',
+        "<style>.paper{fill:#ffffff} .ink{fill:#1f2328} @media (prefers-color-scheme: dark)"
+        "{.paper{fill:#0d1117} .ink{fill:#e6edf3}}</style>",
+        f'<rect class="paper" width="{width}" height="{height}"/>',
+    ]
+
+    def write(x, y, text, size=12, anchor="start"):
+        parts.append(f'<text class="ink" x="{x}" y="{y}" font-size="{size}" '
+                     f'text-anchor="{anchor}">{text}</text>')
+
+    write(16, 28, title, 16)
+    write(16, 50, f"\u03c6 of every two layers; control: the mean of {DRAWS} untrained draws "
+                  f"through the same W0")
+    for k, heading in enumerate(("trained", "control", "trained \u2212 control")):
+        write(left + k * column, top - 18, heading, 14)
+    for number, (name, three) in enumerate(maps):
+        y = top + number * row_height
+        write(16, y + side / 2, name, 14)
+        for k, (values, (bottom, end, scale)) in enumerate(zip(three, scales)):
+            x = left + k * column
             for a in range(L):
-                write(x0 - 4, y0 + (a + 0.5) * cell + 4, a, 10, "end")
-                write(x0 + (a + 0.5) * cell, y0 + side + 13, a, 10, "middle")
-                for b, value in enumerate(values[a]):
-                    parts.append(f'<rect class="cell" x="{x0 + b * cell}" y="{y0 + a * cell}" width="{cell - 1}" height="{cell - 1}" '
-                                 f'fill="{colour(value)}"><title>{target} {name} {kind}, layers {a} and {b}: {value:.4f}</title></rect>')
-                    write(x0 + (b + 0.5) * cell - 0.5, y0 + (a + 0.5) * cell + 3.5, f"{value:.2f}".lstrip("0") if value < 0.995 else "1",
-                          10, "middle", "#000000" if value > 0.6 else "#ffffff")
-    y = height - 34
-    for k in range(151):
-        parts.append(f'<rect x="{left + k * 2}" y="{y}" width="2.5" height="12" fill="{colour(k / 150)}"/>')
-    for value in (0, 0.25, 0.5, 0.75, 1):
-        write(left + 300 * value, y + 27, f"{value:g}", 11, "middle")
-    write(left + 320, y + 11, "\u03c6: 0 orthogonal, 1 the same subspace; rows and columns are layers")
-    parts.append("</svg>")
-    return "\n".join(parts)
+                write(x - 5, y + (a + 0.7) * cell, a, 9, "end")
+                write(x + (a + 0.5) * cell, y + side + 12, a, 9, "middle")
+                for b in range(L):
+                    if a == b:
+                        continue
+                    value = values[a, b].item()
+                    parts.append(
+                        f'<rect class="cell" x="{x + b * cell}" y="{y + a * cell}" '
+                        f'width="{cell - 1}" height="{cell - 1}" '
+                        f'fill="{colour(value, bottom, end, scale)}">'
+                        f"<title>{name}, layers {a} and {b}: {value:.4f}</title></rect>")
+    y = height - 40
+    for k, (bottom, end, scale) in [(0, scales[0]), (2, scales[2])]:
+        x = left + k * column
+        for step in range(84):
+            parts.append(f'<rect x="{x + 2 * step}" y="{y}" width="2.5" height="10" '
+                         f'fill="{colour(step, 0, 83, scale)}"/>')
+        write(x, y + 24, f"{bottom:.3f}" + " (random)" * (k == 0), 11)
+        write(x + 168, y + 24, f"{end:.3f}", 11, "end")
+    return "\n".join([*parts, "</svg>"])
 
 
-# The command line ----------------------------------------------------------------------------------------------------
+# Checkpoints, tables and the command line --------------------------------------------------------
+
+def read(file, init_from, device):
+    """({target: its Layers}, checkpoint) of a checkpoint's file."""
+    checkpoint = checkpoints.load(file)
+    settings = checkpoint["settings"]
+    if settings["method"] not in ("lora", "condlora"):
+        raise ValueError(f"{file} was trained with --method {settings['method']}, which has no A "
+                         f"and B: train one with --method lora or condlora")
+    folder = Path(init_from or checkpoint["encoder"]["path"])
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the encoder of {file} is not at {folder} any more: "
+                                f"say where it is with --init_from")
+    checkpoints.check_encoder(folder, checkpoint, file)
+    model = Transformer.from_pretrained(folder, checkpoint["config"]["n_out"])
+    adapt(model, settings["method"], settings["targets"], settings["rank"], settings["alpha"])
+    model.load_state_dict(checkpoint["weights"], strict=False)
+    model.double().to(device)
+    names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
+    targets = {}
+    for layer in adapted_layers(model):
+        thetas = layer.adapter_parameters() if settings["method"] == "condlora" else (None, None)
+        entry = Layer(layer.weight, *layer.factors(), layer.scale, *thetas)
+        targets.setdefault(names[layer], []).append(entry)
+    if len(next(iter(targets.values()))) < 2:
+        raise ValueError(f"{file} has one adapted layer a target: there are no pairs to compare")
+    return targets, checkpoint
+
+
+def analyze(targets, others, i, j, side):
+    """Every figure, as JSON takes it: a dict of tables, each by target."""
+    result = {"condition": {}, "least_squares": {}, "likeness": {}, "amplification": {}}
+    for target, layers in targets.items():
+        spectra = [torch.linalg.svdvals(layer.W0) for layer in layers]
+        result["condition"][target] = [(values[0] / values[-1]).item() for values in spectra]
+        result["least_squares"][target] = [
+            number for number, layer in enumerate(layers) if not is_regular(layer.W0)]
+        result["likeness"][target] = likeness(layers, i, j, side)
+        result["amplification"][target] = amplification(layers)
+        if layers[0].theta_A is not None:
+            result.setdefault("theta", {})[target] = theta_check(layers)
+        if others:
+            compared = comparison(layers, others[target], i, j)
+            result.setdefault("compare", {})[target] = compared
+    return result
+
+
+def print_tables(result, method, compared_file):
+    layers = range(len(next(iter(result["condition"].values()))))
+    show(["condition number of W0", *map(str, layers)],
+         [[target, *(f"{c:.1e}" + " *" * (l in result["least_squares"][target])
+                     for l, c in enumerate(row))] for target, row in result["condition"].items()])
+    if any(result["least_squares"].values()):
+        print("* rectangular or singular: least squares\n")
+    if "compare" in result:
+        print(f"beside {compared_file}: phi between the two, mean over layers")
+        show(["", "between the two", "control (untrained)", "random"],
+             [[name, f"{row['phi']:.4f}", plus_minus(row.get("control")), plus_minus(row["random"])]
+              for name, row in flat(result["compare"])])
+    if method == "condlora":
+        print("C_A and C_B of every layer against the one theta they share")
+        show(["", "largest deviation", "theta's singular values"],
+             [[name, f"{row['largest_deviation']:.1e}",
+               " ".join(f"{value:.3g}" for value in row["singular_values"])]
+              for name, row in flat(result["theta"])])
+    what = "conversion matrices" if method == "lora" else "A, B and BA, made by one theta"
+    print(f"{what}: mean phi over pairs of layers")
+    show(["", "trained", "control (untrained)", "distance", "raw A, B", "random"],
+         [[name, f"{row['trained']:.4f}", plus_minus(row["control"]),
+           f"{row['distance']:+.1f} sd", f"{row['raw']:.4f}", plus_minus(row["random"])]
+          for name, row in flat(result["likeness"])])
+    print(verdict(result["likeness"]) + "\n")
+    print("dW beside W0, which it changes")
+    columns = ("delta", "W0", "kept", "factor", "random", "random_factor")
+    show(["layer", "|dW|", "|W0|", "|U'W0 V| along dW", "factor", "along random", "factor"],
+         [[f"{target} {l}", *(f"{row[k]:.3f}" for k in columns)]
+          for target, rows in result["amplification"].items() for l, row in enumerate(rows)])
+
+
+def verdict(table):
+    """What training adds to the likeness, in a sentence."""
+    beyond = [name for name, row in flat(table) if row["distance"] > 3]
+    if not beyond:
+        return "Nowhere more alike than untrained ones by 3 deviations: the likeness is W0's."
+    return (f"More alike than untrained ones by more than 3 deviations: {', '.join(beyond)}. "
+            f"The rest of the likeness is W0's.")
+
+
+def flat(table):
+    """[("query A", row), ...] of {"query": {"A": row}}."""
+    return [(f"{target} {name}", row) for target, rows in table.items()
+            for name, row in rows.items()]
+
 
 def show(header, rows):
     """Print a table, its columns as wide as they need."""
     rows = [header, *rows]
     widths = [max(len(row[k]) for row in rows) for k in range(len(header))]
-    for row in rows:
-        print("  ".join(text.ljust(width) if k == 0 else text.rjust(width) for k, (text, width) in enumerate(zip(row, widths))).rstrip())
+    for first, *others in rows:
+        cells = [text.rjust(width) for text, width in zip(others, widths[1:])]
+        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     print()
 
 
-def pm(pair):
-    return f"{pair[0]:.4f} \u00b1 {pair[1]:.4f}"
+def plus_minus(pair):
+    return f"{pair[0]:.4f} \u00b1 {pair[1]:.4f}" if pair else ""
 
 
-def analyze(args):
+def run(args):
     if args.device.partition(":")[0] not in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        raise ValueError(f"--device {args.device} is not there: use {'cuda or ' * torch.cuda.is_available()}cpu")
+        there = "cuda or cpu" if torch.cuda.is_available() else "cpu"
+        raise ValueError(f"--device {args.device} is not there: use {there}")
     targets, checkpoint = read(args.checkpoint, args.init_from, args.device)
-    settings = checkpoint["settings"]
-    if args.svg and settings["method"] == "condlora":
-        raise ValueError(f"--svg shows pairs of layers, and in {args.checkpoint}, trained with condlora, all pairs are the same: give a lora one")
-    rank = settings["rank"]
-    i, j = args.i or rank, args.j or rank
+    method, rank = checkpoint["settings"]["method"], checkpoint["settings"]["rank"]
+    i, j = (rank if k is None else k for k in (args.i, args.j))
     for name, k in (("--i", i), ("--j", j)):
         if not 1 <= k <= rank:
-            raise ValueError(f"{name} is {k}: A and B of rank {rank} have 1 to {rank} singular vectors")
-    result = {"checkpoint": str(args.checkpoint), "task": checkpoint["task"], "method": settings["method"], "i": i, "j": j, "side": args.side}
-    title = f"{checkpoint['task']}, {settings['method']} rank {rank}, phi with i = {i}, j = {j}, {args.side} singular vectors"
-    print(title + "\n")
-
-    result["condition"] = {target: f.condition for target, f in targets.items()}
-    result["least_squares"] = {target: [l for l, ok in enumerate(f.regular) if not ok] for target, f in targets.items()}
-    show(["condition number of W0", *map(str, range(len(next(iter(targets.values())).condition)))],
-         [[target, *(f"{c:.1e}" + " *" * (not ok) for c, ok in zip(f.condition, f.regular))] for target, f in targets.items()])
-    if any(result["least_squares"].values()):
-        print("* rectangular or singular: least squares\n")
-
+            raise ValueError(f"{name} is {k}: A and B of rank {rank} have 1 to {rank} singular "
+                             f"vectors")
+    others = None
     if args.compare:
-        others, other = read(args.compare, args.init_from, args.device)
-        shapes = [{t: (*f.A.shape, *f.B.shape) for t, f in some.items()} for some in (targets, others)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"{args.checkpoint} and {args.compare} are of different shapes: {describe(targets)}, and {describe(others)}")
-        result["compare"] = {"checkpoint": str(args.compare), "method": other["settings"]["method"],
-                             "targets": {t: comparison(targets[t], others[t], i, j) for t in targets}}
-        print(f"beside {args.compare} ({other['task']}, {other['settings']['method']}): phi between the two, mean over layers")
-        show(["", "between the two", "control (untrained)", "random"],
-             [[f"{t} {name}", f"{row['phi']:.4f}", pm(row["control"]) if "control" in row else "", pm(row["random"])]
-              for t, rows in result["compare"]["targets"].items() for name, row in rows.items()])
-    if settings["method"] == "lora":
-        if len(next(iter(targets.values())).A) < 2:
-            raise ValueError(f"{args.checkpoint} has adapted layers of one depth only: there are no pairs to compare")
-        table = result["likeness"] = {target: likeness(f, i, j, args.side) for target, f in targets.items()}
-        print("mean phi over pairs of layers")
-        show(["", "trained", "control (untrained)", "distance", "raw", "random"],
-             [[f"{target} {name}", f"{row['trained']:.4f}", pm(row["control"]), f"{row['distance']:+.1f} sd", f"{row['raw']:.4f}", pm(row["random"])]
-              for target, rows in table.items() for name, row in rows.items()])
-        result["verdict"] = verdict(table)
-        print(result["verdict"] + "\n")
-    else:
-        result["theta"] = {target: theta_check(f) for target, f in targets.items()}
-        print("C_A and C_B of every layer against the one theta they share")
-        show(["", "largest deviation", "theta's singular values"],
-             [[f"{target} {name}", f"{row['largest_deviation']:.1e}", " ".join(f"{v:.3g}" for v in row["singular_values"])]
-              for target, rows in result["theta"].items() for name, row in rows.items()])
-
-    result["amplification"] = {target: amplification(f) for target, f in targets.items()}
-    print("dW beside W0, which it changes")
-    show(["layer", "|dW|", "|W0|", "|U'W0 V| along dW", "factor", "along random", "factor"],
-         [[f"{target} {l}", *(f"{row[k]:.3f}" for k in ("delta", "W0", "kept", "factor", "random", "random_factor"))]
-          for target, rows in result["amplification"].items() for l, row in enumerate(rows)])
-
-    if settings["method"] == "lora":
-        file = args.svg or args.checkpoint.with_suffix(".svg")
-        file.write_text(svg(table, title.replace("phi", "\u03c6")), encoding="utf-8")
-        print(f"picture: {file}")
+        others, _ = read(args.compare, args.init_from, args.device)
+        if describe(targets) != describe(others):
+            raise ValueError(f"{args.checkpoint} and {args.compare} are of different shapes: "
+                             f"{describe(targets)}, and {describe(others)}")
+    title = (f"{checkpoint['task']}, {method} rank {rank}, phi with i = {i}, j = {j}, "
+             f"{args.side} singular vectors")
+    print(title + "\n")
+    result = analyze(targets, others, i, j, args.side)
+    print_tables(result, method, args.compare)
+    picture = args.svg or args.checkpoint.with_suffix(".svg")
+    what = "conversion matrices: " if method == "lora" else "A and B: "
+    picture.write_text(svg(result["likeness"], what + title.replace("phi", "\u03c6")), "utf-8")
+    print(f"picture: {picture}")
     if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        settings = {"checkpoint": str(args.checkpoint), "task": checkpoint["task"],
+                    "method": method, "i": i, "j": j, "side": args.side}
+        args.json.write_text(json.dumps(settings | result, indent=1) + "\n", encoding="utf-8")
 
 
 def describe(targets):
-    return ", ".join(f"{target} of {len(f.A)} layers {f.B.shape[1]}x{f.A.shape[2]} rank {f.A.shape[1]}" for target, f in targets.items())
+    return ", ".join(
+        f"{target} of {len(layers)} layers {'x'.join(map(str, layers[0].W0.shape))} "
+        f"rank {len(layers[0].A)}" for target, layers in targets.items())
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog=__doc__.partition("\n")[2])
+    intro, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(description=intro, epilog=rest,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("checkpoint", type=Path, help="a checkpoint of train.py --method lora or condlora")
     add("--i", type=int, help="how many singular vectors of the one matrix count; default the rank")
-    add("--j", type=int, help="and of the other")
-    add("--side", choices=("left", "right"), default="left", help="singular vectors of the main table's matrices")
+    add("--j", type=int, help="and of the other; default the rank")
+    add("--side", choices=("left", "right"), default="left",
+        help="singular vectors of the main table's matrices; default left")
     add("--compare", type=Path, metavar="CKPT", help="a second checkpoint, of the same shape")
     add("--json", type=Path, help="write every figure to this file")
     add("--svg", type=Path, help="where the picture goes; default beside the checkpoint")
@@ -419,7 +559,7 @@ def main(argv=None):
     parser.error = lambda message: sys.exit(fail(message))
     try:
         with torch.no_grad():
-            analyze(parser.parse_args(argv))
+            run(parser.parse_args(argv))
     except (ValueError, OSError) as error:
         sys.exit(fail(error))
 

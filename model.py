@@ -8,7 +8,6 @@ start and in the classification head's history; every other number is in config.
 """
 
 import dataclasses
-import hashlib
 import json
 import math
 from dataclasses import dataclass
@@ -298,30 +297,3 @@ def write_safetensors(file, tensors):
         out.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             out.write(tensor.contiguous().numpy().astype("<f4").tobytes())
-
-
-# Checkpoints of train.py ---------------------------------------------------------------------------------------------
-
-def load_checkpoint(file):
-    """The dict that train.py saved. Raises FileNotFoundError or ValueError where there is none."""
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"no checkpoint {file}: python train.py writes one")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        checkpoint["settings"], checkpoint["weights"], checkpoint["encoder"]["sha256"]
-    except Exception:                                                 # not PyTorch's, not plain tensors, or somebody else's
-        raise ValueError(f"{file} is not a checkpoint of train.py") from None
-    return checkpoint
-
-
-def sha256(folder):
-    """Of the weights in a pretrained model's folder."""
-    with open(weights_file(folder), "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def check_encoder(folder, checkpoint, file):
-    """Raise ValueError where `folder` does not hold the encoder that the checkpoint in `file` was trained on."""
-    if sha256(folder) != checkpoint["encoder"]["sha256"]:
-        raise ValueError(f"{weights_file(folder)} is not the encoder of {file}: its SHA-256 differs. "
-                         f"Say where that one is with --init_from")

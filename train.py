@@ -1,361 +1,193 @@
 """Fine-tune a frozen encoder with CondLoRA or LoRA, on the toy language or on GLUE.
 
-    python train.py --method condlora                                         # everything from scratch, in a minute
-    python train.py --task rte --init_from roberta-base --method lora         # after python data/download.py rte roberta-base
-    python train.py --eval_only ckpt.pt                                       # its figures again
+    python train.py --method condlora                        # from scratch, in a minute
+    python data/download.py rte roberta-base
+    python train.py --task rte --init_from roberta-base      # GLUE
+    python train.py --eval_only ckpt.pt                      # its figures again
 
-Protocol of the CondLoRA paper (Kim et al. 2024, section 4): a tenth of the training set is held out and chooses the epoch;
-GLUE's dev set, seen once at the end, is the test. Figures are percentages.
+Protocol of the CondLoRA paper (Kim et al. 2024, section 4): a tenth of the training set is held
+out and chooses the epoch; GLUE's dev set, seen once at the end, is the test. The reader's part ends
+at "What makes it fast": what follows wraps the same step and changes no result.
 """
 
 import argparse
-import contextlib
 import os
 import shutil
 import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")           # cuBLAS gives the same sums each time only with it
+# cuBLAS gives the same sums each time only with this.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn    # its functions have the process group for a default: imported by AdamW, later, they would keep it past its end
+# AdamW imports this later otherwise, and it would then keep the process group past its end.
+import torch.distributed.nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from condlora import adapt, adapted_layers, adapter_parameters, weights_at_once
+from condlora import adapt, adapted_layers, adapter_parameters
 from data import glue, tokenizer, toy
-from model import Config, Transformer, check_encoder, load_checkpoint, sha256
+from data import checkpoint as checkpoints
+from data.batches import Encoded, by_length, shuffled
+from model import Config, Transformer
 
 DATA = Path(__file__).resolve().parent / "data"
 
-# torchrun starts WORLD processes, of which number 0 talks and writes. A batch is shared out among them: the weights come out the same.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-TALKS = RANK == 0
+# Several processes under torchrun share out each batch; number 0 prints and writes.
+PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+IS_MASTER = PROCESS == 0
 
-# What the options are where the command line does not say. Chosen on the validation sets of the toy tasks and of GLUE.
-LEARNING_RATE = {"toy": {"condlora": 5e-3, "lora": 4e-3, "full": 1e-3, "head": 1e-2},
-                 "glue": {"condlora": 1e-3, "lora": 1e-3, "full": 5e-5, "head": 2e-3}}
+# Defaults, chosen on the validation sets of the toy tasks and of GLUE.
+LEARNING_RATE = {
+    "toy": {"condlora": 5e-3, "lora": 4e-3, "full": 1e-3, "head": 1e-2},
+    "glue": {"condlora": 1e-3, "lora": 1e-3, "full": 5e-5, "head": 2e-3},
+}
 EPOCHS = {"toy": 14, "glue": 10}
 BATCH_SIZE = {"toy": 32, "glue": 16}
 
 
-def arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="\n".join(__doc__.split("\n")[1:]))
-    add = parser.add_argument
-    add("--task", default="toy", help=f"{', '.join(toy.TASKS)} (made up, needs no files), or GLUE's {', '.join(glue.TASKS)}; default toy")
-    add("--method", default="condlora", choices=("condlora", "lora", "full", "head"),
-        help="what trains beside the classification head: the adapter, every weight (full), or nothing (head)")
-    add("--init_from", help="pretrained encoder: a folder, or a name under data/models; default the toy encoder, or roberta-base")
-    add("--data_dir", default=DATA / "glue", type=full_path, help="folder with GLUE's CoLA, SST-2, ...; default data/glue")
-    add("--rank", type=positive(int), default=8, help="r, the adapter's rank")
-    add("--alpha", type=positive(float), default=8.0, help="the update is scaled by alpha / rank")
-    add("--targets", nargs="+", default=["query", "value"], help="linear layers to adapt: query key value out fc1 fc2")
-    add("--lr", type=positive(float), help=f"highest learning rate; default by method, {LEARNING_RATE}")
-    add("--epochs", type=positive(int), help=f"default {EPOCHS['toy']} for the toy tasks, {EPOCHS['glue']} for GLUE")
-    add("--batch_size", type=positive(int), help=f"default {BATCH_SIZE['toy']} for the toy tasks, {BATCH_SIZE['glue']} for GLUE")
-    add("--max_len", type=positive(int), default=128, help="longest input, in tokens; never more than the encoder has positions")
-    add("--warmup", type=share, default=0.06, help="share of the steps in which the learning rate rises; then it falls to 0")
-    add("--weight_decay", type=float, default=0.01)
-    add("--patience", type=positive(int), help="stop after so many epochs without a better validation figure; default never")
-    add("--seed", type=int, default=0, help="the same seed on the same machine gives the same figures")
-    add("--device", help="cuda, cpu or mps; default the best there is")
-    add("--dtype", choices=("float32", "bfloat16"), help="to compute in; what trains stays float32. Default bfloat16 on cuda, else float32")
-    add("--pretrain_steps", type=positive(int), default=1500, help="steps of pretraining where the toy encoder is not there yet")
-    add("--no_graphs", action="store_true", help="on cuda, launch every kernel of every step instead of replaying CUDA graphs")
-    add("--compile", action="store_true", help="torch.compile the encoder: about a minute to start, a faster step for long runs")
-    add("--out", default=Path("ckpt.pt"), type=Path, help="checkpoint to write; default ckpt.pt")
-    add("--resume", type=Path, metavar="CKPT", help="go on with the interrupted run that wrote this checkpoint")
-    add("--eval_only", type=Path, metavar="CKPT", help="report the figures of this checkpoint; nothing is trained or written")
-    parser.error = lambda message: sys.exit(fail(message))            # one line, without the usage
-    args = parser.parse_args(argv)
-    file = args.resume or args.eval_only
-    if not file:
-        return args, None
-    checkpoint = load_checkpoint(file)
-    parser.set_defaults(**checkpoint["settings"], out=file)
-    args = parser.parse_args(argv)
-    for name, value in checkpoint["settings"].items():
-        if getattr(args, name) != value and name not in ("init_from", "data_dir", "dtype"):
-            raise ValueError(f"--{name} {getattr(args, name)} contradicts {file}, trained with {value}: leave it out")
-    return args, checkpoint
+# Training ----------------------------------------------------------------------------------------
+
+def train(model, forward, data, metrics, args, checkpoint):
+    """Train for args.epochs epochs, or those that `checkpoint` lacks; save it after each."""
+    split = data["train"]
+    device, n = split.labels.device, len(split.labels)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad],
+        lr=torch.tensor(args.lr, device=device) if device.type == "cuda" else args.lr,
+        weight_decay=args.weight_decay, fused=device.type == "cuda",
+        capturable=device.type == "cuda")
+    step = fastest(Step(forward, split, optimizer, args.grad_clip), args)
+    history = checkpoint["history"]
+    if history:
+        checkpoints.unpack_state(checkpoint, model, optimizer, device)
+    else:
+        torch.manual_seed(args.seed + PROCESS)  # of dropout
+
+    steps_per_epoch = -(-n // args.batch_size)
+    steps, number = args.epochs * steps_per_epoch, len(history) * steps_per_epoch
+    bar = tqdm(total=steps, initial=number, desc=f"{args.task} {args.method}",
+               disable=not IS_MASTER)
+    for epoch in range(len(history) + 1, args.epochs + 1):
+        model.train()
+        began, loss, seen = time.perf_counter(), torch.zeros((), device=device), 0
+        order = shuffled(split.lengths, args.batch_size, [args.seed, epoch])
+        for rows, width, padded in split.batches(order):
+            set_learning_rate(optimizer, args.lr * schedule(number, steps, args.warmup))
+            loss += step(rows, width, padded)
+            number, seen = number + 1, seen + len(rows)
+            bar.update()
+            # Seldom: to read the loss is to wait for the device.
+            if IS_MASTER and number % 100 == 0:
+                bar.set_postfix(loss=f"{loss.item() * PROCESSES / seen:.3f}")
+        loss = sum_over_processes(loss).item() / n
+        seconds = time.perf_counter() - began
+        if not np.isfinite(loss):
+            raise ValueError(f"the loss is {loss} in epoch {epoch}: "
+                             f"try --lr lower than {args.lr:g}")
+
+        figures = evaluate(model, forward, data["validation"], metrics, args.batch_size)
+        history.append({"epoch": epoch, "loss": loss, "seconds": seconds, "validation": figures})
+        best = max(history, key=lambda entry: main_figure(entry["validation"]))
+        is_best = best["epoch"] == epoch  # the first of equals
+        if is_best:
+            checkpoint["weights"] = checkpoints.trained_weights(model)
+        checkpoint |= {"best_epoch": best["epoch"],
+                       **checkpoints.pack_state(model, optimizer, device)}
+        if IS_MASTER:
+            checkpoints.save(checkpoint, args.out)
+            tqdm.write(f"epoch {epoch:2d}  loss {loss:.3f}  validation {text_of(figures)}"
+                       + ("  best so far" if is_best else ""))
+        if args.patience and epoch - best["epoch"] >= args.patience:
+            break
+    bar.close()
 
 
-def full_path(text):
-    return Path(text).resolve()
+class Step:
+    """One training step, as a function of a batch of `split`; returns the batch's summed loss."""
+
+    def __init__(self, forward, split, optimizer, grad_clip):
+        self.forward, self.split = forward, split
+        self.optimizer, self.grad_clip = optimizer, grad_clip
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+    def __call__(self, rows, width, padded):
+        loss = self.backward(rows, width, padded, len(rows))
+        self.update()
+        return loss
+
+    def backward(self, rows, width, padded, n):
+        """The gradient of the mean loss over n rows, of which these are all or a share."""
+        self.optimizer.zero_grad()
+        inputs, labels = self.split.batch(rows, width, padded)
+        loss = summed_loss(self.forward(*inputs), labels)
+        (loss / n).backward()
+        return loss.detach()
+
+    def update(self):
+        if self.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
+        self.optimizer.step()
 
 
-def positive(kind):
-    def number(text):
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise ValueError
-        return value
-    number.__name__ = f"positive {kind.__name__}"
-    return number
-
-
-def share(text):
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise ValueError
-    return value
-
-
-def pick_device(name):
-    there = ["cpu"] + ["mps"] * torch.backends.mps.is_available() + ["cuda"] * torch.cuda.is_available()
-    name = name or there[-1]
-    kind, _, index = name.partition(":")
-    if kind not in there or index not in ("", *map(str, range(torch.cuda.device_count() if kind == "cuda" else 1))):
-        raise ValueError(f"--device {name} is not there: use {' or '.join(reversed(there))}")
-    if WORLD > 1 and name == "cuda":
-        name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(name)
-    return torch.device(name)
-
-
-def be_deterministic(device):
-    """The same seed gives the same numbers; on an H100 that costs attention's fastest kernel, 2% of a step's time, of a padded one's 6%."""
-    if device.type != "mps":
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
-
-
-# Data ----------------------------------------------------------------------------------------------------------------
-
-class Encoded:
-    """A split's token ids, padded, on the device from the start; batches are cut from it there.
-
-    On CUDA rows count as long as the next multiple of 8, so that batches have few different widths.
-    """
-
-    def __init__(self, split, tok, max_len, device):
-        rows = [tok.encode(*text, max_len=max_len) for text in tqdm(split.texts, "tokenizing", leave=False, delay=2, disable=not TALKS)]
-        real = np.array([len(input_ids) for input_ids, _ in rows])
-        multiple = 8 if device.type == "cuda" else 1
-        self.real, self.lengths = real, np.minimum(-(-real // multiple) * multiple, max_len)
-        shape = len(rows), self.lengths.max()
-        input_ids, token_type_ids = np.full(shape, tok.pad_id), np.zeros(shape, np.int64)
-        for i, (ids, types) in enumerate(rows):
-            input_ids[i, :len(ids)], token_type_ids[i, :len(ids)] = ids, types
-        mask = np.arange(shape[1]) < real[:, None]
-        self.inputs = [torch.from_numpy(x).to(device) for x in (input_ids, token_type_ids, mask)]
-        self.labels = torch.tensor(split.labels, device=device)
-
-    def batch(self, rows, width, padded):
-        """((input_ids, token_type_ids, attention_mask), labels) of the rows numbered in the tensor `rows`, `width` tokens wide.
-        The mask is None where no row is padded: attention is faster without."""
-        input_ids, token_type_ids, mask = (x[rows, :width] for x in self.inputs)
-        return (input_ids, token_type_ids, mask if padded else None), self.labels[rows]
-
-    def batches(self, order):
-        """(rows on the device, width, padded) of each batch in `order`, a list of arrays of row numbers; all go there in one copy."""
-        there = torch.from_numpy(np.concatenate(order)).to(self.labels.device).split([len(rows) for rows in order])
-        widths = [int(self.lengths[numbers].max()) for numbers in order]
-        return [(rows, width, bool((self.real[numbers] < width).any())) for rows, width, numbers in zip(there, widths, order)]
-
-
-def shuffled_batches(lengths, size, seed):
-    """Every row once, in batches of rows of about the same length: little padding, and still another order each epoch."""
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(lengths))
-    pools = [order[i:i + 50 * size] for i in range(0, len(order), 50 * size)]
-    batches = []
-    for pool in pools:                                                # sorted by length within a pool of 50 batches only
-        pool = pool[np.argsort(lengths[pool], kind="stable")]
-        batches += [pool[i:i + size] for i in range(0, len(pool), size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
-
-
-def load_task(task, data_dir):
-    """(splits, number of outputs, metrics(predictions, labels)) of a task."""
-    if task in toy.TASKS:
-        return toy.load(task), 2, lambda predictions, labels: {"accuracy": float(np.mean(predictions == labels))}
-    if task.lower().replace("-", "") not in glue.TASKS:
-        raise ValueError(f"--task is {task!r}: there are {', '.join((*toy.TASKS, *glue.TASKS))}")
-    return glue.load(task, data_dir), len(glue.TASKS[glue.canonical(task)].classes) or 1, lambda p, l: glue.metrics(task, p, l)
-
-
-# The toy encoder -----------------------------------------------------------------------------------------------------
-
-def toy_encoder(steps, device):
-    """Folder of the encoder pretrained on the toy language, which is made the first time and kept."""
-    folder = DATA / "models" / f"toy-{steps}"
-    if (folder / "config.json").is_file():
-        return folder
-    vocabulary = toy.vocabulary()
-    config = Config(vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256,
-                    max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-                    initializer_range=0.1)     # BERT's 0.02 is for d = 768: at d = 64 attention would take 1,500 steps to wake up
-    partial = folder.with_name(folder.name + f".part{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        (partial / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-        pretrain(config, tokenizer.load(partial), steps, device).save_pretrained(partial)
-        if not folder.exists():                                       # another run may have been faster
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return folder
-
-
-def pretrain(config, tok, steps, device, batch_size=64, lr=3e-3, masked=0.2):
-    """Masked-language modelling (Devlin et al. 2019): a fifth of the words is hidden, the encoder says which they were."""
-    torch.manual_seed(0)
-    model = Transformer(config).to(device)
-    corpus = Encoded(glue.Split(toy.corpus(20000), [0] * 20000), tok, config.max_len, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
-    rng = np.random.default_rng(0)
-    bar = tqdm(range(steps), f"pretraining the toy encoder, once, on {device}", disable=not TALKS)
-    for step in bar:
-        [batch] = corpus.batches([rng.integers(len(corpus.lengths), size=batch_size)])
-        (input_ids, *rest), _ = corpus.batch(*batch)
-        words = (input_ids != tok.pad_id) & (input_ids != tok.cls_id) & (input_ids != tok.sep_id)
-        hidden = (torch.rand(input_ids.shape, device=device) < masked) & words
-        states = model.encode(input_ids.masked_fill(hidden, tok.mask_id), *rest)
-        loss = F.cross_entropy(F.linear(states[hidden], model.embeddings.word.weight), input_ids[hidden])
-        optimizer.param_groups[0]["lr"] = lr * schedule(step, steps, 0.1)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
-    return model
-
-
-def schedule(step, steps, warmup):
-    """Factor on the learning rate: a linear rise over the share `warmup` of the steps, then a linear fall to 0."""
-    rise = warmup * steps
-    return min((step + 1) / rise if rise else 1.0, (steps - step) / max(steps - rise, 1.0), 1.0)
-
-
-# Training and evaluating ---------------------------------------------------------------------------------------------
-
-@torch.inference_mode()
-def evaluate(model, data, metrics, batch_size, precision):
-    """The metrics of a split. Its batches, eight times the training ones, are shared out among the processes."""
-    model.eval()
-    order = np.argsort(data.lengths, kind="stable")
-    order = [order[i:i + 8 * batch_size] for i in range(0, len(order), 8 * batch_size)]
-    outputs = torch.zeros(len(data.labels), model.config.n_out, device=data.labels.device)
-    for rows, *shape in data.batches(order)[RANK::WORLD]:
-        with precision():
-            outputs[rows] = model(*data.batch(rows, *shape)[0]).float()
-    if WORLD > 1:
-        dist.all_reduce(outputs)
-    predictions = outputs.argmax(1) if outputs.shape[1] > 1 else outputs[:, 0]
-    return metrics(predictions.cpu().numpy(), data.labels.cpu().numpy())
-
-
-def loss_of(logits, labels):
-    """The sum over the batch of cross entropy, or, of a single output (STS-B), of squared errors."""
+def summed_loss(logits, labels):
+    """Cross entropy, or squared errors of a single output (STS-B), summed over the batch."""
     if logits.shape[1] == 1:
         return F.mse_loss(logits[:, 0].float(), labels, reduction="sum")
     return F.cross_entropy(logits.float(), labels, reduction="sum")
 
 
-class Trainer:
-    """Takes training steps. On CUDA each shape of batch becomes a CUDA graph: the GPU repeats a recorded step without being told its
-    thousand kernels one by one, which for small batches takes longer than the arithmetic.
+def schedule(step, steps, warmup):
+    """Factor on the learning rate: a linear rise in a share `warmup` of the steps, a fall to 0."""
+    rise = warmup * steps
+    return min((step + 1) / rise if rise else 1.0, (steps - step) / max(steps - rise, 1.0), 1.0)
 
-    The first batch of a shape runs as it is, which also sets up what CUDA and torch.compile set up at first use; the second is recorded
-    and, like those after it, replayed. A recorded step reads its row numbers and the learning rate from the same place each time.
-    """
 
-    def __init__(self, model, data, args, precision):
-        self.data = data
-        device = data.labels.device
-        self.on_cuda = device.type == "cuda"
-        self.graphs = {} if self.on_cuda and not args.no_graphs else None
-
-        def forward(inputs):
-            with precision():
-                return model(*inputs)
-        self.forward = forward
-        if args.compile:
-            torch._dynamo.config.recompile_limit = 100                # it compiles anew for each shape of batch
-            # dropout from PyTorch's own kernel: the compiled one draws four numbers to use one, and takes longer
-            self.forward = torch.compile(forward, dynamic=False, options={"fallback_random": True})
-        self.parameters = [p for p in model.parameters() if p.requires_grad]
-        lr = torch.tensor(args.lr, device=device) if self.on_cuda else args.lr
-        self.optimizer = torch.optim.AdamW(self.parameters, lr, weight_decay=args.weight_decay, fused=self.on_cuda, capturable=self.on_cuda)
-        if WORLD > 1:                                                 # one vector, for one call to sum it over the processes
-            self.gradient = torch.zeros(sum(p.numel() for p in self.parameters), device=device)
-        self.loss = torch.zeros((), device=device)                    # summed over an epoch's rows
-
-    def step(self, rows, width, padded, lr):
-        """One step on the rows of the batch, of which this process takes its share."""
-        n, rows = len(rows), rows[RANK::WORLD]
-        group = self.optimizer.param_groups[0]
-        if self.on_cuda:
-            group["lr"].fill_(lr)
+def set_learning_rate(optimizer, lr):
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)  # a recorded step reads it from this place
         else:
             group["lr"] = lr
-        shape = width, padded, n
-        key = len(rows), *shape
-        if self.graphs is None:
-            self.compute(rows, *shape)
-        elif key not in self.graphs:
-            self.graphs[key] = None
-            self.on_the_side(lambda: self.compute(rows, *shape))
-        else:
-            if self.graphs[key] is None:
-                self.graphs[key] = self.record(rows, *shape)
-            graph, its_rows = self.graphs[key]
-            its_rows.copy_(rows)
-            graph.replay()
-        if WORLD > 1:
-            dist.all_reduce(self.gradient)
-            for p, part in zip(self.parameters, self.gradient.split([p.numel() for p in self.parameters])):
-                p.grad = part.view_as(p)
-            self.optimizer.step()
-
-    def compute(self, rows, width, padded, n):
-        """The step itself, on `rows`, which are all the batch's n or, in one process of several, some; the gradient is the batch's mean."""
-        self.optimizer.zero_grad()
-        if len(rows):
-            inputs, labels = self.data.batch(rows, width, padded)
-            loss = loss_of(self.forward(inputs), labels)
-            (loss / n).backward()
-            self.loss += loss.detach()
-        if WORLD == 1:
-            self.optimizer.step()
-        elif len(rows):                                               # to be summed before the step, outside of the graph
-            torch.cat([p.grad.flatten() for p in self.parameters], out=self.gradient)
-        else:
-            self.gradient.zero_()
-
-    def record(self, rows, *shape):
-        graph, its_rows = torch.cuda.CUDAGraph(), rows.clone()
-        pool = next((made[0].pool() for made in self.graphs.values() if made), None)     # graphs run in turn: they share memory
-        with torch.cuda.graph(graph, pool=pool):
-            self.compute(its_rows, *shape)
-        return graph, its_rows
-
-    def on_the_side(self, work):
-        """On another stream than the usual, as CUDA wants it of what will be recorded later."""
-        stream, usual = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(usual)
-        with torch.cuda.stream(stream):
-            work()
-        usual.wait_stream(stream)
 
 
-def trained_weights(model):
-    """What the checkpoint keeps, by name: adapter and head (or every weight), each shared theta once."""
-    return {name: p.detach().cpu().clone() for name, p in model.named_parameters() if p.requires_grad}
+@torch.inference_mode()
+def evaluate(model, forward, split, metrics, batch_size):
+    """The metrics of a split. The processes share out its batches, 8 times the training ones."""
+    model.eval()
+    outputs = torch.zeros(len(split.labels), model.config.n_out, device=split.labels.device)
+    order = by_length(split.lengths, 8 * batch_size)
+    for rows, width, padded in split.batches(order)[PROCESS::PROCESSES]:
+        inputs, _ = split.batch(rows, width, padded)
+        outputs[rows] = forward(*inputs).float()
+    outputs = sum_over_processes(outputs)
+    predictions = outputs.argmax(1) if outputs.shape[1] > 1 else outputs[:, 0]
+    return metrics(predictions.cpu().numpy(), split.labels.cpu().numpy())
 
 
-def save(checkpoint, file):
-    """Written beside and renamed, so that a run that is stopped leaves the checkpoint before it."""
-    if not TALKS:
-        return
-    partial = file.with_name(file.name + ".part")
-    torch.save(checkpoint, partial)
-    os.replace(partial, file)
+def main_figure(figures):
+    return next(iter(figures.values()))
+
+
+def text_of(figures):
+    return ", ".join(f"{name} {100 * value:.1f}" for name, value in figures.items())
+
+
+# The task and the model --------------------------------------------------------------------------
+
+def load_task(task, data_dir):
+    """(splits, number of outputs, metrics(predictions, labels)) of a task."""
+    if task in toy.TASKS:
+        accuracy = lambda predictions, labels: {"accuracy": float(np.mean(predictions == labels))}
+        return toy.load(task), 2, accuracy
+    if task.lower().replace("-", "") not in glue.TASKS:
+        known = ", ".join((*toy.TASKS, *glue.TASKS))
+        raise ValueError(f"--task is {task!r}: there are {known}")
+    metrics = lambda predictions, labels: glue.metrics(task, predictions, labels)
+    return glue.load(task, data_dir), len(glue.TASKS[glue.canonical(task)].classes) or 1, metrics
 
 
 def find_encoder(args, device):
@@ -382,141 +214,243 @@ def build(args, folder, n_out):
     return model
 
 
-def choose_precision(model, args, device):
-    """A function that makes the context for forward passes, in args.dtype.
+def toy_encoder(steps, device):
+    """Folder of the encoder pretrained on the toy language, made the first time and kept."""
+    folder = DATA / "models" / f"toy-{steps}"
+    if (folder / "config.json").is_file():
+        return folder
+    vocabulary = toy.vocabulary()
+    # BERT's initializer_range 0.02 is for d = 768. With it, at d = 64, attention would take 1,500
+    # steps to become useful.
+    config = Config(vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=4,
+                    num_attention_heads=4, intermediate_size=256, max_position_embeddings=32,
+                    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                    initializer_range=0.1)
+    partial = folder.with_name(f"{folder.name}.part{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        (partial / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+        pretrain(config, tokenizer.load(partial), steps, device).save_pretrained(partial)
+        if not folder.exists():  # another run may have been faster
+            partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
 
-    bfloat16 with a frozen encoder: its weights are kept in bfloat16, as they are only ever used so, which halves the memory and leaves
-    nothing to cast in a step. What trains stays float32, and so does the W0 that an update is added to. Where every weight trains,
-    autocast casts.
-    """
-    narrow = args.dtype == "bfloat16"
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if narrow else "highest")               # of the head's few products
-    if narrow and args.method == "full":
-        return lambda: torch.autocast(device.type, torch.bfloat16)
-    if narrow:
-        wide = {id(layer.weight) for layer in adapted_layers(model)}
-        for p in model.parameters():
-            if not p.requires_grad and id(p) not in wide:
-                p.data = p.data.to(torch.bfloat16)
-    return weights_at_once(model, getattr(torch, args.dtype)) if narrow or device.type == "cuda" else contextlib.nullcontext
+
+def pretrain(config, tok, steps, device, batch_size=64, lr=3e-3, masked=0.2):
+    """Masked-language modelling (Devlin et al. 2019): hide a fifth of the words and guess them."""
+    torch.manual_seed(0)
+    model = Transformer(config).to(device)
+    corpus = Encoded(glue.Split(toy.corpus(20000), [0] * 20000), tok, config.max_len, device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    rng = np.random.default_rng(0)
+    bar = tqdm(range(steps), f"pretraining the toy encoder, once, on {device}",
+               disable=not IS_MASTER)
+    for step in bar:
+        [batch] = corpus.batches([rng.integers(len(corpus.lengths), size=batch_size)])
+        (input_ids, token_type_ids, mask), _ = corpus.batch(*batch)
+        is_word = (input_ids != tok.pad_id) & (input_ids != tok.cls_id) & (input_ids != tok.sep_id)
+        hidden = (torch.rand(input_ids.shape, device=device) < masked) & is_word
+        states = model.encode(input_ids.masked_fill(hidden, tok.mask_id), token_type_ids, mask)
+        logits = F.linear(states[hidden], model.embeddings.word.weight)
+        loss = F.cross_entropy(logits, input_ids[hidden])
+        set_learning_rate(optimizer, lr * schedule(step, steps, 0.1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model
 
 
-def text_of(figures):
-    return ", ".join(f"{name} {100 * value:.1f}" for name, value in figures.items())
+# The command line --------------------------------------------------------------------------------
+
+def arguments(argv):
+    """(options, the checkpoint that --resume or --eval_only names or None)."""
+    intro, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(description=intro, epilog=rest,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", default="toy", help=f"{', '.join(toy.TASKS)} (made up, needs no files), or "
+        f"GLUE's {', '.join(glue.TASKS)}; default toy")
+    add("--method", default="condlora", choices=("condlora", "lora", "full", "head"),
+        help="what trains beside the head: the adapter, every weight (full), or nothing (head)")
+    add("--init_from", help="pretrained encoder: a folder, or a name under data/models; default "
+        "the toy encoder, or roberta-base")
+    add("--data_dir", default=DATA / "glue", type=lambda text: Path(text).resolve(),
+        help="folder with GLUE's CoLA, SST-2, ...; default data/glue")
+    add("--rank", type=positive(int), default=8, help="r, the adapter's rank; default 8")
+    add("--alpha", type=positive(float), default=8.0,
+        help="the update is scaled by alpha / rank; default 8")
+    add("--targets", nargs="+", default=["query", "value"],
+        help="linear layers to adapt, of query key value out fc1 fc2; default query value")
+    add("--lr", type=positive(float),
+        help=f"highest learning rate; default by method, {LEARNING_RATE}")
+    add("--epochs", type=positive(int), help=f"default {EPOCHS}")
+    add("--batch_size", type=positive(int), help=f"default {BATCH_SIZE}")
+    add("--max_len", type=positive(int), default=128,
+        help="longest input, in tokens, at most the encoder's positions; default 128")
+    add("--warmup", type=at_least_zero, default=0.06,
+        help="share of the steps in which the rate rises, then it falls to 0; default 0.06")
+    add("--weight_decay", type=at_least_zero, default=0.01, help="AdamW's; default 0.01")
+    add("--grad_clip", type=at_least_zero, default=1.0,
+        help="largest global norm of the gradient, 0 for any; default 1")
+    add("--patience", type=positive(int),
+        help="stop after so many epochs without a better validation figure; default never")
+    add("--seed", type=int, default=0,
+        help="the same seed on the same machine gives the same figures; default 0")
+    add("--device", help="cuda, cpu or mps; default the best there is")
+    add("--dtype", choices=("float32", "bfloat16"), help="to compute in; what trains stays "
+        "float32. Default bfloat16 on cuda, else float32")
+    add("--pretrain_steps", type=positive(int), default=1500,
+        help="of the toy encoder, where it is not there yet; default 1500")
+    add("--no_graphs", action="store_true",
+        help="on cuda, launch every kernel of every step instead of replaying CUDA graphs")
+    add("--compile", action="store_true",
+        help="torch.compile the encoder: a minute to start, a faster step for long runs")
+    add("--out", default=Path("ckpt.pt"), type=Path, help="checkpoint to write; default ckpt.pt")
+    add("--resume", type=Path, metavar="CKPT", help="go on with the run that wrote this checkpoint")
+    add("--eval_only", type=Path, metavar="CKPT",
+        help="report the figures of this checkpoint; nothing is trained or written")
+    parser.error = lambda message: sys.exit(fail(message))  # one line, without the usage
+    args = parser.parse_args(argv)
+    file = args.resume or args.eval_only
+    if not file:
+        if not 0 <= args.warmup <= 1:
+            raise ValueError(f"--warmup is {args.warmup:g}: it is a share, from 0 to 1")
+        return args, None
+    checkpoint = checkpoints.load(file)
+    parser.set_defaults(**checkpoint["settings"], out=file)
+    args = parser.parse_args(argv)
+    for name, value in checkpoint["settings"].items():
+        given = getattr(args, name)
+        if given != value and name not in ("init_from", "data_dir", "dtype"):
+            raise ValueError(f"--{name} {given} contradicts {file}, trained with {value}: "
+                             f"leave it out")
+    return args, checkpoint
 
 
-def fit(model, data, metrics, args, precision, checkpoint):
-    """Train for args.epochs epochs, or for those that `checkpoint` lacks; it is completed and written after each one."""
-    device, n = data["train"].labels.device, len(data["train"].labels)
-    trainer = Trainer(model, data["train"], args, precision)
-    history = checkpoint["history"]
-    if history:
-        model.load_state_dict(checkpoint["last"], strict=False)       # the frozen weights are there already
-        trainer.optimizer.load_state_dict(trainer.optimizer.state_dict() | {"state": checkpoint["optimizer"]})
-        torch.set_rng_state(checkpoint["rng"]["cpu"])
-        if device.type == "cuda" and "cuda" in checkpoint["rng"]:
-            torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], device)
-    else:
-        torch.manual_seed(args.seed + RANK)                           # of dropout
-    score = lambda epoch: next(iter(epoch["validation"].values()))    # the task's main metric
-    per_epoch = -(-n // args.batch_size)
-    step, steps = len(history) * per_epoch, args.epochs * per_epoch
-    bar = tqdm(total=steps, initial=step, desc=f"{args.task} {args.method}", disable=not TALKS)
-    for epoch in range(len(history) + 1, args.epochs + 1):
-        model.train()
-        began, seen = time.perf_counter(), 0
-        trainer.loss.zero_()
-        for batch in trainer.data.batches(shuffled_batches(trainer.data.lengths, args.batch_size, [args.seed, epoch])):
-            trainer.step(*batch, args.lr * schedule(step, steps, args.warmup))
-            step, seen = step + 1, seen + len(batch[0])
-            bar.update()
-            if TALKS and step % 100 == 0:                             # seldom: reading the loss waits for the device
-                bar.set_postfix(loss=f"{trainer.loss.item() / -(-seen // WORLD):.3f}")
-        if WORLD > 1:
-            dist.all_reduce(trainer.loss)
-        mean_loss = trainer.loss.item() / n
-        seconds = time.perf_counter() - began
-        if not np.isfinite(mean_loss):
-            raise ValueError(f"the loss is {mean_loss} in epoch {epoch}: try --lr lower than {args.lr:g}")
-        history.append({"epoch": epoch, "loss": mean_loss, "seconds": seconds,
-                        "validation": evaluate(model, data["validation"], metrics, args.batch_size, precision)})
-        best = max(history, key=score)                                # the first of equals
-        if best["epoch"] == epoch:
-            checkpoint["weights"] = trained_weights(model)
-        generators = {"cpu": torch.get_rng_state()} | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})
-        state = {i: {name: x.cpu() for name, x in its.items()} for i, its in trainer.optimizer.state_dict()["state"].items()}
-        checkpoint |= {"last": trained_weights(model), "optimizer": state,     # all on the CPU: it may be read where there is no GPU
-                       "best_epoch": best["epoch"], "rng": generators}
-        save(checkpoint, args.out)
-        if TALKS:
-            tqdm.write(f"epoch {epoch:2d}  loss {mean_loss:.3f}  validation {text_of(history[-1]['validation'])}"
-                       + ("  best so far" if best["epoch"] == epoch else ""))
-        if args.patience and epoch - best["epoch"] >= args.patience:
-            break
-    bar.close()
+def positive(kind):
+    def number(text):
+        value = kind(text)
+        if not 0 < value < float("inf"):
+            raise ValueError
+        return value
+    number.__name__ = f"positive {kind.__name__}"
+    return number
+
+
+def at_least_zero(text):
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise ValueError
+    return value
+
+
+def complete(args, device):
+    """Fill in what the command line leaves to the task, the method and the device."""
+    kind = "toy" if args.task in toy.TASKS else "glue"
+    args.lr = args.lr or LEARNING_RATE[kind][args.method]
+    args.epochs = args.epochs or EPOCHS[kind]
+    args.batch_size = args.batch_size or BATCH_SIZE[kind]
+    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if not args.out.absolute().parent.is_dir() or args.out.is_dir():
+        raise ValueError(f"--out {args.out} cannot be written: it should be a file in a folder "
+                         f"that exists")
+
+
+def pick_device(name):
+    kinds = ["cpu"]
+    if torch.backends.mps.is_available():
+        kinds.append("mps")
+    if torch.cuda.is_available():
+        kinds.append("cuda")
+    name = name or kinds[-1]
+    kind, _, index = name.partition(":")
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if kind not in kinds or index not in ("", *map(str, range(count))):
+        raise ValueError(f"--device {name} is not there: use {' or '.join(reversed(kinds))}")
+    if PROCESSES > 1 and name == "cuda":
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
+    return torch.device(name)
+
+
+def be_deterministic(device):
+    """The same seed gives the same numbers. On an H100 that costs 2% of a step's time, 6% where it
+    is padded: attention's fastest kernel."""
+    if device.type != "mps":
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def new_checkpoint(args, folder, model):
+    left_out = ("device", "no_graphs", "compile", "out", "resume", "eval_only")
+    settings = {name: str(value) if isinstance(value, Path) else value
+                for name, value in vars(args).items() if name not in left_out}
+    encoder = {"path": str(folder.resolve()), "sha256": checkpoints.sha256(folder)}
+    return {"settings": settings, "task": args.task, "history": [],
+            "config": vars(model.config), "encoder": encoder}
 
 
 def run(argv):
     args, checkpoint = arguments(argv)
     device = pick_device(args.device)
-    if WORLD > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    kind = "toy" if args.task in toy.TASKS else "glue"
-    args.lr = args.lr or LEARNING_RATE[kind][args.method]
-    args.epochs = args.epochs or EPOCHS[kind]
-    args.batch_size = args.batch_size or BATCH_SIZE[kind]
-    if not args.out.absolute().parent.is_dir() or args.out.is_dir():
-        raise ValueError(f"--out {args.out} cannot be written: it should be a file in a folder that exists")
+    complete(args, device)
     be_deterministic(device)
+    start_processes(device)
     splits, n_out, metrics = load_task(args.task, args.data_dir)
-    if RANK:
-        dist.barrier()                                                # the first process may have to pretrain the toy encoder
-    folder = find_encoder(args, device)
-    if WORLD > 1 and not RANK:
-        dist.barrier()
+    with master_first():  # it may have to pretrain the toy encoder
+        folder = find_encoder(args, device)
 
     torch.manual_seed(args.seed)
     model = build(args, folder, n_out).to(device)
-    precision = choose_precision(model, args, device)
+    forward = fast_forward(model, args, device)
     tok = tokenizer.load(folder)
     if tok.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, the model {model.config.vocab_size}")
-    data = {name: Encoded(split, tok, min(args.max_len, model.config.max_len), device) for name, split in splits.items()}
+        raise ValueError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, "
+                         f"the model {model.config.vocab_size}")
+    max_len = min(args.max_len, model.config.max_len)
+    data = {name: Encoded(split, tok, max_len, device) for name, split in splits.items()}
 
-    if checkpoint is None:
-        settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()
-                    if name not in ("device", "no_graphs", "compile", "out", "resume", "eval_only")}
-        checkpoint = {"settings": settings, "task": args.task, "history": [], "config": vars(model.config),
-                      "encoder": {"path": str(folder.resolve()), "sha256": sha256(folder)}}
+    if checkpoint:
+        checkpoints.check_encoder(folder, checkpoint, args.resume or args.eval_only)
     else:
-        check_encoder(folder, checkpoint, args.resume or args.eval_only)
+        checkpoint = new_checkpoint(args, folder, model)
     if not args.eval_only:
-        fit(model, data, metrics, args, precision, checkpoint)
-    model.load_state_dict(checkpoint["weights"], strict=False)
-    figures = {name: evaluate(model, data[name], metrics, args.batch_size, precision) for name in data if name != "train"}
-    if not args.eval_only:
-        checkpoint["results"] = figures
-        save(checkpoint, args.out)
-
-    adapter = sum(p.numel() for p in adapter_parameters(model))
-    own = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in model.head.parameters()) - adapter
-    trained = own if args.method == "full" else adapter
-    history = checkpoint["history"]
-    speed = len(data["train"].lengths) * len(history) / sum(epoch["seconds"] for epoch in history)
-    rows = [("task", args.task),
-            ("method", args.method + (f", rank {args.rank}" if adapter else "")),
-            ("all weights" if args.method == "full" else "adapter parameters",
-             f"{trained:,} ({trained / own:.2%} of the encoder's {own:,})"),
-            *((name.replace("_", " "), text_of(values)) for name, values in figures.items()),
-            ("best epoch", f"{checkpoint['best_epoch']} of {len(history)}"),
-            ("training speed", f"{speed:,.0f} examples/s"),
-            ("checkpoint", args.eval_only or args.out)]
-    if TALKS:
-        print(*(f"{name:20}{value}" for name, value in rows), sep="\n")
-    if WORLD > 1:
+        train(model, forward, data, metrics, args, checkpoint)
+    model.load_state_dict(checkpoint["weights"], strict=False)  # of the best epoch
+    figures = {name: evaluate(model, forward, split, metrics, args.batch_size)
+               for name, split in data.items() if name != "train"}
+    if IS_MASTER:
+        if not args.eval_only:
+            checkpoint["results"] = figures
+            checkpoints.save(checkpoint, args.out)
+        report(args, model, checkpoint, figures, len(splits["train"].labels))
+    if PROCESSES > 1:
         dist.destroy_process_group()
+
+
+def report(args, model, checkpoint, figures, examples):
+    count = lambda parameters: sum(p.numel() for p in parameters)
+    adapter = count(adapter_parameters(model))
+    encoder = count(model.parameters()) - count(model.head.parameters()) - adapter
+    trained = encoder if args.method == "full" else adapter
+    history = checkpoint["history"]
+    speed = examples * len(history) / sum(epoch["seconds"] for epoch in history)
+    rows = {
+        "task": args.task,
+        "method": args.method + (f", rank {args.rank}" if adapter else ""),
+        "all weights" if args.method == "full" else "adapter parameters":
+            f"{trained:,} ({trained / encoder:.2%} of the encoder's {encoder:,})",
+        **{name.replace("_", " "): text_of(values) for name, values in figures.items()},
+        "best epoch": f"{checkpoint['best_epoch']} of {len(history)}",
+        "training speed": f"{speed:,.0f} examples/s",
+        "checkpoint": args.eval_only or args.out,
+    }
+    for name, value in rows.items():
+        print(f"{name:20}{value}")
 
 
 def main(argv=None):
@@ -533,6 +467,177 @@ def main(argv=None):
 def fail(message):
     print(f"train.py: error: {message}", file=sys.stderr)
     return 2
+
+
+# What makes it fast: the same forward and the same step, wrapped ---------------------------------
+
+def fast_forward(model, args, device):
+    """forward(*inputs), the model's logits, computed in args.dtype and as suits the device."""
+    bfloat16 = args.dtype == "bfloat16"
+    if device.type == "cuda":
+        # Of the float32 products, which are the head's.
+        torch.set_float32_matmul_precision("high" if bfloat16 else "highest")
+    forward = model
+    if bfloat16 and args.method == "full":
+        forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
+    else:
+        if bfloat16:
+            narrow_frozen_weights(model)
+        if bfloat16 or device.type == "cuda":
+            forward = with_summed_weights(model, getattr(torch, args.dtype))
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 100  # it compiles anew for each shape of batch
+        # Dropout from PyTorch's own kernel: a compiled one draws four numbers to use one.
+        forward = torch.compile(forward, dynamic=False, options={"fallback_random": True})
+    return forward
+
+
+def narrow_frozen_weights(model):
+    """Keep frozen weights in bfloat16: half the memory, and no casts in a step.
+
+    What trains stays float32, and so does W0, to which an update is added.
+    """
+    W0 = {id(layer.weight) for layer in adapted_layers(model)}
+    for p in model.parameters():
+        if not p.requires_grad and id(p) not in W0:
+            p.data = p.data.to(torch.bfloat16)
+
+
+def with_summed_weights(model, dtype):
+    """forward(*inputs), in which each adapted layer does one product, with its W0 + dW.
+
+    On a GPU the thin products with A and B wait for memory, forward and backward. All layers'
+    W0 + dW are formed by a few large products instead, in `dtype`; the sum itself is float32, where
+    small updates are not lost, and rounded once. The W0 of like layers move into one tensor.
+    """
+    alike = {}  # layers of one shape, and of one conversion if any
+    for layer in adapted_layers(model):
+        key = layer.weight.shape, getattr(layer, "conversion", None)
+        alike.setdefault(key, []).append(layer)
+    groups = []
+    for (_, conversion), layers in alike.items():
+        W0 = torch.stack([layer.weight.detach() for layer in layers])  # (L, d_out, d_in)
+        for layer, weight in zip(layers, W0):
+            layer.weight.data = weight
+        groups.append((layers, W0, conversion, W0.to(dtype) if conversion else None))
+
+    def forward(*inputs):
+        for layers, W0, conversion, narrow_W0 in groups:
+            if conversion:
+                A, B = convert_all(conversion, narrow_W0)
+            else:
+                A = torch.stack([layer.A for layer in layers]).to(dtype)
+                B = torch.stack([layer.B for layer in layers]).to(dtype)
+            summed = torch.add(W0, B @ A, alpha=layers[0].scale).to(dtype)
+            for layer, weight in zip(layers, summed.unbind()):
+                layer.merged = weight
+        logits = model(*inputs)
+        for layer in adapted_layers(model):
+            layer.merged = None
+        return logits
+    return forward
+
+
+def convert_all(conversion, W0):
+    """A (L, r, d_in) and B (L, d_out, r) of the W0 (L, d_out, d_in) of L layers, in W0's dtype."""
+    square = W0.shape[1] == W0.shape[2]
+    A = F.linear(W0 if square else W0.mT, conversion.theta_A.to(W0.dtype)).mT
+    B = F.linear(W0, conversion.theta_B.to(W0.dtype))
+    return A, B
+
+
+def fastest(step, args):
+    """`step`, shared out where there are several processes, and recorded on CUDA."""
+    record = step.split.labels.is_cuda and not args.no_graphs
+    if PROCESSES > 1:
+        return SharedStep(step, record)
+    return Recorded(step) if record else step
+
+
+class Recorded:
+    """Calls function(rows, *shape), on CUDA, by replaying a CUDA graph for each shape of batch.
+
+    A small batch's thousand kernels take longer to launch than to run. A shape's first call runs
+    as it is, which also sets up what CUDA and torch.compile set up at first use; the second is
+    recorded.
+    """
+
+    def __init__(self, function):
+        self.function, self.graphs, self.pool = function, {}, torch.cuda.graph_pool_handle()
+
+    def __call__(self, rows, *shape):
+        key = len(rows), *shape
+        if key not in self.graphs:
+            self.graphs[key] = None
+            return self.on_another_stream(rows, *shape)
+        if self.graphs[key] is None:
+            graph, place = torch.cuda.CUDAGraph(), rows.clone()
+            with torch.cuda.graph(graph, pool=self.pool):
+                result = self.function(place, *shape)
+            self.graphs[key] = graph, place, result
+        graph, place, result = self.graphs[key]
+        place.copy_(rows)
+        graph.replay()
+        return result
+
+    def on_another_stream(self, *arguments):
+        """As CUDA wants it of what will be recorded later."""
+        stream, usual = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(usual)
+        with torch.cuda.stream(stream):
+            result = self.function(*arguments)
+        usual.wait_stream(stream)
+        return result
+
+
+class SharedStep:
+    """A step whose batch the processes share out; each updates with the sum of all gradients."""
+
+    def __init__(self, step, record):
+        self.step = step
+        self.sizes = [p.numel() for p in step.parameters]
+        self.gradient = torch.zeros(sum(self.sizes), device=step.split.labels.device)
+        self.backward = Recorded(self.flat_backward) if record else self.flat_backward
+
+    def flat_backward(self, *arguments):
+        loss = self.step.backward(*arguments)
+        torch.cat([p.grad.flatten() for p in self.step.parameters], out=self.gradient)
+        return loss
+
+    def __call__(self, rows, width, padded):
+        share = rows[PROCESS::PROCESSES]
+        if len(share):
+            loss = self.backward(share, width, padded, len(rows))
+        else:  # the last batch of an epoch may have fewer rows than there are processes
+            loss = self.gradient.zero_().sum()
+        sum_over_processes(self.gradient)
+        for p, part in zip(self.step.parameters, self.gradient.split(self.sizes)):
+            p.grad = part.view_as(p)
+        self.step.update()
+        return loss
+
+
+def start_processes(device):
+    if PROCESSES > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def sum_over_processes(tensor):
+    if PROCESSES > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+class master_first:
+    """Lets process 0 through a block before the others."""
+
+    def __enter__(self):
+        if PROCESSES > 1 and not IS_MASTER:
+            dist.barrier()
+
+    def __exit__(self, *error):
+        if PROCESSES > 1 and IS_MASTER:
+            dist.barrier()
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """Claims about the method, each against the paper's formulas or a reckoning by hand."""
 
-import contextlib
 import copy
 
 import pytest
 import torch
 import torch.nn as nn
 
-from condlora import CondLoRALinear, LoRALinear, adapt, adapter_parameters, merge, to_lora, unmerge, weights_at_once
+import train
+from condlora import (CondLoRALinear, LoRALinear, adapt, adapted_layers, adapter_parameters, merge,
+                      merge_and_unload, to_lora, unmerge)
 from model import Config, Transformer
 
 
@@ -74,8 +75,10 @@ def test_the_update_is_zero_at_the_start_and_the_output_unchanged(method):
     before = model(IDS)
     adapt(model, method)
     assert torch.equal(model(IDS), before)
-    assert all(torch.equal(m.delta(), torch.zeros(16, 16)) for m in model.modules() if isinstance(m, LoRALinear))
-    A = next(m for m in model.modules() if isinstance(m, LoRALinear)).parameters_of_adapter()[0]
+    layers = adapted_layers(model)
+    assert len(layers) == 6
+    assert all(torch.equal(layer.delta(), torch.zeros(16, 16)) for layer in layers)
+    A = layers[0].adapter_parameters()[0]
     assert 0 < A.abs().max() <= 16 ** -0.5                # Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(fan_in)
 
 
@@ -106,33 +109,34 @@ def test_condloras_gradient_is_that_of_the_written_out_formula():
 
 
 @pytest.mark.parametrize("method", ["lora", "condlora"])
-def test_weights_formed_at_once_give_the_same_outputs_and_gradients(method):
+def test_summed_weights_give_the_same_outputs_and_gradients(method):
     model = trained(adapt(encoder(), method, targets=("query", "fc1", "fc2"), alpha=3))
     found = []
-    for context in (contextlib.nullcontext(), weights_at_once(model, torch.float32)()):
-        with context:
-            output = model(IDS)
-            found.append((output, *torch.autograd.grad(output.square().sum(), adapter_parameters(model))))
-    assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in zip(*found))
-    trained(model)                                        # afterwards each forward reads the parameters again
+    for forward in (model, train.with_summed_weights(model, torch.float32)):
+        output = forward(IDS)
+        gradients = torch.autograd.grad(output.square().sum(), adapter_parameters(model))
+        found.append((output, *gradients))
+    for one, other in zip(*found):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+    trained(model)  # afterwards each forward reads the parameters again
     assert not torch.equal(model(IDS), found[0][0])
-    with pytest.raises(ValueError, match="unmerge it first"):
-        weights_at_once(merge(model), torch.float32)
 
 
 def test_an_update_smaller_than_bfloat16s_steps_is_not_lost():
-    """Between 0.5 and 1 bfloat16 steps by 1/256. An update of 0.0002 everywhere moves some weights by a whole step, and all by 0.0002 on average."""
+    """Between 0.5 and 1 bfloat16 steps by 1/256. An update of 0.0002 everywhere moves some weights
+    by a whole step, and all by 0.0002 on average."""
     torch.manual_seed(0)
     model = adapt(nn.ModuleDict({"query": nn.Linear(256, 256)}), "lora", "query", rank=1, alpha=1)
-    layer = model["query"]
+    layer, summed = model["query"], []
+    model.forward = lambda: summed.append(layer.merged)
     with torch.no_grad():
         layer.weight.uniform_(0.5, 1)
         layer.A.fill_(0.02)
         layer.B.fill_(0.01)
-    with weights_at_once(model, torch.bfloat16)():
-        moved = (layer.formed.double() - layer.weight.double()).detach()
-    assert layer.formed is None and moved.mean().item() == pytest.approx(0.0002, abs=0.00002)
-    assert moved.std().item() == pytest.approx(1 / 256 / 12 ** 0.5, rel=0.02)          # the rounding, uniform within a step
+        train.with_summed_weights(model, torch.bfloat16)()
+    moved = summed[0].double() - layer.weight.double()
+    assert layer.merged is None and moved.mean().item() == pytest.approx(0.0002, abs=0.00002)
+    assert moved.std().item() == pytest.approx(1 / 256 / 12 ** 0.5, rel=0.02)  # rounding's
 
 
 def test_a_state_dict_holds_each_theta_once():
@@ -148,8 +152,8 @@ def test_layers_share_a_theta_only_where_target_name_and_shape_agree():
     model = nn.Sequential(nn.ModuleDict({"dense": nn.Linear(4, 4)}), nn.ModuleDict({"dense": nn.Linear(4, 8)}),
                           nn.ModuleDict({"dense": nn.Linear(4, 4)}))
     adapt(model, targets="dense", rank=2)
-    assert model[0]["dense"].shared[0] is model[2]["dense"].shared[0] is model.condlora["dense_4x4"]
-    assert model[1]["dense"].shared[0] is model.condlora["dense_8x4"]
+    assert model[0]["dense"].conversion is model[2]["dense"].conversion is model.condlora["dense_4x4"]
+    assert model[1]["dense"].conversion is model.condlora["dense_8x4"]
     assert [tuple(f.shape) for f in model[1]["dense"].factors()] == [(2, 4), (8, 2)]
 
 
@@ -157,38 +161,58 @@ def test_a_copy_of_the_model_shares_its_own_theta():
     model = trained(adapt(encoder()))
     twin = copy.deepcopy(model)
     trained(twin)
-    assert twin.layers[0].attention.query.shared[0] is twin.condlora["query_16x16"]
+    assert twin.layers[0].attention.query.conversion is twin.condlora["query_16x16"]
     assert not torch.equal(twin(IDS), model(IDS))
 
 
 @pytest.mark.parametrize("method", ["lora", "condlora"])
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 0.15)])
-def test_merge_keeps_the_output_and_unmerge_gives_every_weight_back_bit_for_bit(method, dtype, tolerance):
-    model = trained(adapt(encoder(), method, targets=("query", "value", "fc1"))).to(dtype)
-    W0 = {name: p.clone() for name, p in model.state_dict().items()}
+def test_merge_keeps_the_output_and_unmerge_gives_every_weight_back(method, dtype, tolerance):
+    model = trained(adapt(encoder().to(dtype), method, targets=("query", "value", "fc1")))
+    before = {name: p.clone() for name, p in model.state_dict().items()}
     expected = model(IDS)
-    merge(merge(model))                                   # merging what is merged changes nothing
-    layer = model.layers[1].attention.query
-    assert torch.allclose(layer.weight - W0["layers.1.attention.query.weight"], layer.delta(), atol=0.1 if dtype == torch.bfloat16 else 1e-6)
+    merge(merge(model))  # merging what is merged changes nothing
     assert torch.allclose(model(IDS), expected, atol=tolerance)
-    with torch.no_grad():                                 # no adapter arithmetic is left: the factors may be anything
-        kept = [p.clone() for p in adapter_parameters(model)]
-        merged = model(IDS)
+    # No adapter arithmetic is left: the factors may be anything.
+    merged, kept = model(IDS), [p.clone() for p in adapter_parameters(model)]
+    with torch.no_grad():
         for p in adapter_parameters(model):
             p.fill_(float("nan"))
         assert torch.equal(model(IDS), merged)
         for p, value in zip(adapter_parameters(model), kept):
             p.copy_(value)
     unmerge(model)
-    assert all(torch.equal(p, W0[name]) for name, p in model.state_dict().items())
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
     assert torch.equal(model(IDS), expected)
 
 
-def test_merged_weights_serve_a_model_without_adapter():
-    model = merge(trained(adapt(encoder())))
+@pytest.mark.parametrize("method", ["lora", "condlora"])
+def test_merging_rounds_once_also_in_bfloat16(method):
+    """W0 + dW is summed wider and then rounded to the nearest bfloat16."""
+    model = trained(adapt(encoder().to(torch.bfloat16), method))
+    assert {p.dtype for p in adapter_parameters(model)} == {torch.float32}
+    expected = [layer.weight.double() + (layer.scale * factor_product(layer))
+                for layer in adapted_layers(model)]
+    for layer, exact in zip(adapted_layers(merge(model)), expected):
+        # To the nearest: bfloat16 has 8 bits, so half a step below 2^e is 2^(e - 9).
+        half_step = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 9)
+        assert ((layer.merged.double() - exact).abs() <= half_step + 1e-6).all()
+
+
+def factor_product(layer):
+    A, B = (factor.detach().double() for factor in layer.factors())
+    return B @ A
+
+
+@pytest.mark.parametrize("method", ["lora", "condlora"])
+def test_a_merged_and_unloaded_model_is_a_plain_one_with_the_same_output(method):
+    model = trained(adapt(encoder(), method, targets=("query", "fc1")))
+    expected = model(IDS)
+    merge_and_unload(model)
     plain = encoder()
-    plain.load_state_dict({name: p for name, p in model.state_dict().items() if not name.startswith("condlora")})
-    assert torch.equal(plain(IDS), model(IDS))
+    plain.load_state_dict(model.state_dict())  # strict: no adapter is left
+    assert {type(m) for m in model.modules()} == {type(m) for m in plain.modules()}
+    assert torch.allclose(plain(IDS), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("merged", [False, True])
@@ -221,7 +245,7 @@ def test_a_wrong_argument_is_named_and_leaves_the_model_as_it_was(arguments, wor
     with pytest.raises(ValueError, match=words):
         adapt(model, **arguments)
     assert all(p.requires_grad for p in model.parameters())
-    assert not any(isinstance(m, LoRALinear) for m in model.modules())
+    assert not adapted_layers(model)
 
 
 def test_adapting_twice_is_refused():

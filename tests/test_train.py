@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -12,8 +13,9 @@ from conftest import ROOT, WORDS, write_encoder
 from test_data import write_task
 
 import train
-from data import tokenizer
-from data.glue import Split
+from data import checkpoint as checkpoints
+from data import glue, tokenizer
+from data.batches import shuffled
 from model import Transformer
 
 
@@ -140,7 +142,7 @@ def test_the_same_seed_gives_the_same_numbers_and_another_one_others(little, cap
 def test_a_stopped_run_keeps_its_last_epoch_and_resumes_to_the_same_result(little, capsys, monkeypatch, device):
     little += ["--device", device]
     run([*little, "--epochs", "4", "--out", "whole.pt"], capsys)
-    save, saves = train.save, []
+    save, saves = checkpoints.save, []
 
     def stop_after_two(checkpoint, file):
         save(checkpoint, file)
@@ -148,7 +150,7 @@ def test_a_stopped_run_keeps_its_last_epoch_and_resumes_to_the_same_result(littl
         if len(saves) == 2:
             raise KeyboardInterrupt
     with monkeypatch.context() as patch:
-        patch.setattr(train, "save", stop_after_two)
+        patch.setattr(checkpoints, "save", stop_after_two)
         assert "--resume" in fails([*little, "--epochs", "4", "--out", "part.pt"], capsys)
     assert len(torch.load("part.pt", weights_only=True)["history"]) == 2
     run(["--resume", "part.pt", "--device", device], capsys)
@@ -165,18 +167,11 @@ def test_patience_ends_a_run_that_gets_no_better(little, capsys):
 
 def test_every_row_is_seen_once_an_epoch_beside_rows_of_its_length():
     lengths = np.random.default_rng(0).integers(3, 60, 1003)
-    one, two = (train.shuffled_batches(lengths, 16, [0, epoch]) for epoch in (1, 2))
+    one, two = (shuffled(lengths, 16, [0, epoch]) for epoch in (1, 2))
     assert sorted(np.concatenate(one)) == list(range(1003)) and len(one) == 63
     assert [list(b) for b in one] != [list(b) for b in two]
     padding = sum((lengths[b].max() - lengths[b]).sum() for b in one) / lengths.sum()
     assert padding < 0.1 < sum((lengths[i:i + 16].max() - lengths[i:i + 16]).sum() for i in range(0, 1003, 16)) / lengths.sum()
-
-
-def test_only_a_batch_with_padding_has_a_mask(bert_folder):
-    tok = tokenizer.load(bert_folder)
-    data = train.Encoded(Split([("the cat",), ("the dog",), ("the cat not warm",)], [0, 1, 0]), tok, 128, torch.device("cpu"))
-    masks = [data.batch(*batch)[0][2] for batch in data.batches([np.array([0, 1]), np.array([0, 2])])]
-    assert masks[0] is None and masks[1].tolist() == [[True] * 4 + [False] * 2, [True] * 6]
 
 
 def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero():
@@ -201,7 +196,8 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
     (["--rank", "9"], "rank is 9: for layers.0.attention.query"),
     (["--rank", "0"], "argument --rank: invalid positive int value: '0'"),
     (["--lr", "nan"], "argument --lr"),
-    (["--warmup", "2"], "argument --warmup"),
+    (["--warmup", "2"], "--warmup is 2: it is a share"),
+    (["--grad_clip", "-1"], "argument --grad_clip"),
     (["--targets", "q_proj"], "no nn.Linear is named 'q_proj'"),
     (["--device", "tpu"], "--device tpu is not there: use "),
     (["--device", "cuda:99"], "--device cuda:99 is not there: use "),
@@ -249,13 +245,77 @@ def no_dropout(bert_folder):
     write_encoder(bert_folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
+def by_hand(folder, splits, method, epochs, batch_size, lr, clip, decay, warmup, order):
+    """AdamW, clipping and the schedule written out, on the formulas' own adapter; returns it."""
+    rank = 2
+    model, tok = Transformer.from_pretrained(folder).train(), tokenizer.load(folder)
+    torch.manual_seed(0)
+    model = train.build(Namespace(method=method, targets=["query", "value"], rank=rank, alpha=8.0), folder, 2).train()
+    weights = {name: p.detach().double() for name, p in model.named_parameters() if p.requires_grad}
+    m, v = ({name: torch.zeros_like(w) for name, w in weights.items()} for _ in range(2))
+    steps, t = epochs * -(-len(splits.labels) // batch_size), 0
+    for epoch in range(1, epochs + 1):
+        for rows in order(epoch):
+            losses = []
+            for i in rows:
+                ids, types = tok.encode(*splits.texts[i])
+                logits = model(torch.tensor([ids]), torch.tensor([types]))
+                losses.append(-logits.log_softmax(1)[0, splits.labels[i]])
+            model.zero_grad()
+            torch.stack(losses).mean().backward()
+            gradients = {name: p.grad.double() for name, p in model.named_parameters() if p.requires_grad}
+            norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
+            factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
+            rise = warmup * steps
+            rate = lr * min((t + 1) / rise, (steps - t) / (steps - rise), 1)
+            t += 1
+            for name, g in gradients.items():
+                g = g * factor
+                m[name] = 0.9 * m[name] + 0.1 * g
+                v[name] = 0.999 * v[name] + 0.001 * g * g
+                root = (v[name] / (1 - 0.999 ** t)).sqrt() + 1e-8
+                weights[name] = weights[name] * (1 - rate * decay) - rate * m[name] / (1 - 0.9 ** t) / root
+            with torch.no_grad():
+                for name, p in model.named_parameters():
+                    if p.requires_grad:
+                        p.copy_(weights[name])
+    return weights
+
+
+@pytest.mark.parametrize("method", ["lora", "condlora"])
+@pytest.mark.parametrize("clip", [0.05, 0.0])
+def test_training_is_adamw_with_clipping_decay_and_schedule_as_written_out(little, capsys, tmp_path, bert_folder, method, clip):
+    no_dropout(bert_folder)
+    run([*little, "--method", method, "--grad_clip", clip, "--weight_decay", 0.3, "--warmup", 0.3], capsys)
+    last = torch.load("ckpt.pt", weights_only=True)["last"]
+    split = glue.load("sst2", tmp_path / "glue")["train"]
+    tok = tokenizer.load(bert_folder)
+    lengths = np.array([len(tok.encode(*text)[0]) for text in split.texts])
+    expected = by_hand(bert_folder, split, method, 2, 16, 0.01, clip, 0.3, 0.3, lambda epoch: shuffled(lengths, 16, [0, epoch]))
+    assert last.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert torch.allclose(last[name].double(), weight, atol=2e-4), name
+
+
+@pytest.mark.parametrize("method", ["lora", "condlora", "head"])
+def test_frozen_weights_do_not_move(little, capsys, monkeypatch, bert_folder, method):
+    models, build = [], train.build
+    monkeypatch.setattr(train, "build", lambda *a: models.append(build(*a)) or models[-1])
+    run([*little, "--method", method, "--lr", "0.1"], capsys)
+    fresh = Transformer.from_pretrained(bert_folder).state_dict()
+    encoder = [name for name in fresh if not name.startswith("head.")]
+    assert all(torch.equal(models[0].state_dict()[name], fresh[name]) for name in encoder)
+    assert not torch.equal(models[0].head.out.weight, fresh["head.out.weight"])
+
+
 @pytest.mark.parametrize("method", ["lora", "condlora"])
 def test_two_processes_get_the_weights_of_one(little, capsys, tmp_path, bert_folder, method):
     """The same batches of 16, of which the last of an epoch is short and odd, shared out by torchrun over gloo."""
     no_dropout(bert_folder)
-    run([*little, "--method", method, "--out", "one.pt"], capsys)
+    little += ["--method", method, "--grad_clip", "0.05"]
+    run([*little, "--out", "one.pt"], capsys)
     done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *little,
-                           "--method", method, "--out", "two.pt"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
+                           "--out", "two.pt"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
                           env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("checkpoint") == 1           # one of the two talks
@@ -272,7 +332,7 @@ def test_replayed_steps_are_the_plain_loops(little, capsys, bert_folder, method,
     no_dropout(bert_folder)
     runs = []
     for more in (["--no_graphs"], []):
-        run([*little, "--device", "cuda", "--epochs", "4", "--method", method, "--dtype", dtype, *more], capsys)
+        run([*little, "--device", "cuda", "--epochs", "4", "--method", method, "--dtype", dtype, "--grad_clip", "0.05", *more], capsys)
         runs.append(torch.load("ckpt.pt", weights_only=True))
     plain, graph = runs
     assert [e["loss"] for e in graph["history"]] == pytest.approx([e["loss"] for e in plain["history"]], abs=tolerance)

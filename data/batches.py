@@ -1,0 +1,68 @@
+"""A split as padded token ids, and its batches."""
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+
+class Encoded:
+    """A split's token ids and labels, on the device from the start; batches are cut there."""
+
+    def __init__(self, split, tok, max_len, device):
+        rows = [tok.encode(*text, max_len=max_len)
+                for text in tqdm(split.texts, "tokenizing", leave=False, delay=2)]
+        self.tokens = np.array([len(input_ids) for input_ids, _ in rows])
+        # On CUDA batches are cut at multiples of 8, so that they have few different widths.
+        multiple = 8 if device.type == "cuda" else 1
+        self.lengths = np.minimum(-(-self.tokens // multiple) * multiple, max_len)
+        shape = len(rows), self.lengths.max()
+        input_ids = np.full(shape, tok.pad_id)
+        token_type_ids = np.zeros(shape, np.int64)
+        for i, (ids, types) in enumerate(rows):
+            input_ids[i, :len(ids)] = ids
+            token_type_ids[i, :len(ids)] = types
+        mask = np.arange(shape[1]) < self.tokens[:, None]
+        self.input_ids = torch.from_numpy(input_ids).to(device)
+        self.token_type_ids = torch.from_numpy(token_type_ids).to(device)
+        self.mask = torch.from_numpy(mask).to(device)
+        self.labels = torch.tensor(split.labels, device=device)
+
+    def batch(self, rows, width, padded):
+        """((input_ids, token_type_ids, attention_mask), labels) of the rows numbered in `rows`.
+
+        Inputs are (rows, width). The mask is None where no row is padded: attention is faster so.
+        """
+        mask = self.mask[rows, :width] if padded else None
+        inputs = self.input_ids[rows, :width], self.token_type_ids[rows, :width], mask
+        return inputs, self.labels[rows]
+
+    def batches(self, order):
+        """(rows, width, padded), batch's arguments, for each array of row numbers in `order`."""
+        # One copy to the device for all.
+        rows = torch.from_numpy(np.concatenate(order)).to(self.labels.device)
+        result = []
+        for numbers, rows in zip(order, rows.split([len(numbers) for numbers in order])):
+            width = int(self.lengths[numbers].max())
+            result.append((rows, width, bool((self.tokens[numbers] < width).any())))
+        return result
+
+
+def shuffled(lengths, size, seed):
+    """Arrays of row numbers: every row once, beside rows of about its length, in random order."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(lengths))
+    batches = []
+    # Sorted within pools of 50 batches only, so that each epoch's batches differ.
+    for start in range(0, len(order), 50 * size):
+        pool = order[start:start + 50 * size]
+        batches += cut(pool[np.argsort(lengths[pool], kind="stable")], size)
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def by_length(lengths, size):
+    """Arrays of row numbers: every row once, the shortest first."""
+    return cut(np.argsort(lengths, kind="stable"), size)
+
+
+def cut(order, size):
+    return [order[i:i + size] for i in range(0, len(order), size)]
