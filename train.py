@@ -55,11 +55,7 @@ def train(model, forward, data, metrics, args, checkpoint):
     """Train for args.epochs epochs, or those that `checkpoint` lacks; save it after each."""
     split = data["train"]
     device, n = split.labels.device, len(split.labels)
-    optimizer = torch.optim.AdamW(
-        [p for p in model.parameters() if p.requires_grad],
-        lr=torch.tensor(args.lr, device=device) if device.type == "cuda" else args.lr,
-        weight_decay=args.weight_decay, fused=device.type == "cuda",
-        capturable=device.type == "cuda")
+    optimizer = make_optimizer(model, args)
     step = fastest(Step(forward, split, optimizer, args.grad_clip), args)
     history = checkpoint["history"]
     if history:
@@ -133,6 +129,15 @@ class Step:
         self.optimizer.step()
 
 
+def make_optimizer(model, args):
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    on_cuda = parameters[0].is_cuda
+    # On CUDA the rate is a tensor, which a recorded step reads anew each time.
+    lr = torch.tensor(args.lr, device=parameters[0].device) if on_cuda else args.lr
+    return torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay,
+                             fused=on_cuda, capturable=on_cuda)
+
+
 def summed_loss(logits, labels):
     """Cross entropy, or squared errors of a single output (STS-B), summed over the batch."""
     if logits.shape[1] == 1:
@@ -149,7 +154,7 @@ def schedule(step, steps, warmup):
 def set_learning_rate(optimizer, lr):
     for group in optimizer.param_groups:
         if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)  # a recorded step reads it from this place
+            group["lr"].fill_(lr)
         else:
             group["lr"] = lr
 

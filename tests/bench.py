@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import analyze                                                       # noqa: E402
 import train                                                         # noqa: E402
 from condlora import adapt                                           # noqa: E402
+from data.batches import Encoded, shuffled  # noqa: E402
 from data import glue, tokenizer                                     # noqa: E402
 from model import Config, Transformer                                # noqa: E402
 
@@ -66,7 +67,7 @@ def measured_peak(device):
 
 
 def options(**changes):
-    return SimpleNamespace(**dict(method="lora", targets=["query", "value"], rank=8, alpha=8.0, lr=1e-3, weight_decay=0.01, no_graphs=False,
+    return SimpleNamespace(**dict(method="lora", targets=["query", "value"], rank=8, alpha=8.0, lr=1e-3, weight_decay=0.01, grad_clip=1.0, no_graphs=False,
                                   compile=False, dtype="bfloat16", batch_size=16, max_len=128) | changes)
 
 
@@ -86,10 +87,14 @@ def our_step(args, device, n):
         adapt(model, args.method, args.targets, args.rank, args.alpha)
     model.head.requires_grad_(True)
     model.to(device).train()
-    data = train.Encoded(glue.Split([("x",)] * n, [i % 2 for i in range(n)]), Anything(), 128, device)
-    trainer = train.Trainer(model, data, args, train.choose_precision(model, args, device))
+    data = Encoded(glue.Split([("x",)] * n, [i % 2 for i in range(n)]), Anything(), 128, device)
+    step = our_training_step(model, train.fast_forward(model, args, device), data, args)
     [batch] = data.batches([np.arange(n)])
-    return lambda: trainer.step(*batch, 1e-3)
+    return lambda: step(*batch)
+
+
+def our_training_step(model, forward, split, args):
+    return train.fastest(train.Step(forward, split, train.make_optimizer(model, args), args.grad_clip), args)
 
 
 def peer_model(folder=None, n_out=2):
@@ -113,6 +118,7 @@ def peer_step(model, device, batch, compiled=False):
             loss = forward(**inputs, labels=labels).loss
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0)  # as its Trainer does
         optimizer.step()
         return loss
     return step
@@ -195,16 +201,16 @@ def bench_epoch(args, device, results):
 def our_epochs(settings, args, device, splits, tok, n_out, metrics):
     torch.manual_seed(0)
     model = train.build(settings, args.init_from, n_out).to(device)
-    precision = train.choose_precision(model, settings, device)
-    data = {name: train.Encoded(split, tok, 128, device) for name, split in splits.items()}
-    trainer = train.Trainer(model, data["train"], settings, precision)
+    forward = train.fast_forward(model, settings, device)
+    data = {name: Encoded(split, tok, 128, device) for name, split in splits.items()}
+    step = our_training_step(model, forward, data["train"], settings)
     seconds = []
     for epoch in range(3):
         began = time.perf_counter()
         model.train()
-        for batch in data["train"].batches(train.shuffled_batches(data["train"].lengths, 16, [0, epoch])):
-            trainer.step(*batch, 1e-3)
-        train.evaluate(model, data["validation"], metrics, 16, precision)
+        for batch in data["train"].batches(shuffled(data["train"].lengths, 16, [0, epoch])):
+            step(*batch)
+        train.evaluate(model, forward, data["validation"], metrics, 16)
         seconds.append(time.perf_counter() - began)
     return seconds
 
@@ -246,8 +252,8 @@ def bench_cpu(args, device, results):
     """The same batches of RTE, by turns, in float32."""
     splits, n_out, _ = train.load_task("rte", args.data_dir)
     tok = tokenizer.load(args.init_from)
-    data = train.Encoded(splits["train"], tok, 128, device)
-    batches = data.batches(train.shuffled_batches(data.lengths, 16, 0)[:12])
+    data = Encoded(splits["train"], tok, 128, device)
+    batches = data.batches(shuffled(data.lengths, 16, 0)[:12])
     at = [0]
 
     def batch():
@@ -260,8 +266,8 @@ def bench_cpu(args, device, results):
         settings = options(method=method, dtype="float32")
         torch.manual_seed(0)
         model = train.build(settings, args.init_from, n_out).train()
-        trainer = train.Trainer(model, data, settings, contextlib.nullcontext)
-        steps[f"train.py {method}"] = lambda trainer=trainer: trainer.step(*batches[at[0]], 1e-3)
+        step = our_training_step(model, model, data, settings)
+        steps[f"train.py {method}"] = lambda step=step: step(*batches[at[0]])
     seconds = {label: [] for label in steps}
     for k in range(-2, len(batches)):                                 # the first two to warm up
         at[0] = max(k, 0)
@@ -286,7 +292,7 @@ def bench_analysis(args, device, results):
     rand = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
     C_A, C_B, A = rand(12, 768, 8), rand(12, 768, 8), rand(12, 8, 768)
     began = time.perf_counter()
-    ours = analyze.similarities((C_A, C_B, A), 8, 8, "left")
+    ours = analyze.similarity_maps(analyze.Matrices(C_A, C_B, A), 8, 8, "left")
     our_seconds = time.perf_counter() - began
     pairs = [(a, b) for a in range(12) for b in range(a)]
     began, worst, done = time.perf_counter(), 0.0, 0
