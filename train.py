@@ -296,9 +296,9 @@ def arguments(argv):
     add("--batch_size", type=positive(int), help=f"default {BATCH_SIZE}")
     add("--max_len", type=positive(int), default=128,
         help="longest input, in tokens, at most the encoder's positions; default 128")
-    add("--warmup", type=at_least_zero, default=0.06,
-        help="share of the steps in which the rate rises, then it falls to 0; default 0.06")
-    add("--weight_decay", type=at_least_zero, default=0.01, help="AdamW's; default 0.01")
+    add("--warmup", type=at_least_zero, default=0.1,
+        help="share of the steps in which the rate rises, then it falls to 0; default 0.1")
+    add("--weight_decay", type=at_least_zero, default=0.1, help="AdamW's; default 0.1")
     add("--grad_clip", type=at_least_zero, default=1.0,
         help="largest global norm of the gradient, 0 for any; default 1")
     add("--patience", type=positive(int),
