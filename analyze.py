@@ -416,7 +416,8 @@ def read(file, init_from, device):
     names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
     targets = {}
     for layer in adapted_layers(model):
-        thetas = layer.adapter_parameters() if settings["method"] == "condlora" else (None, None)
+        conversion = getattr(layer, "conversion", None)
+        thetas = (conversion.theta_A, conversion.theta_B) if conversion else (None, None)
         entry = Layer(layer.weight, *layer.factors(), layer.scale, *thetas)
         targets.setdefault(names[layer], []).append(entry)
     if len(next(iter(targets.values()))) < 2:

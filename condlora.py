@@ -86,9 +86,6 @@ class LoRALinear(AdaptedLinear):
     def factors(self):
         return self.A, self.B
 
-    def adapter_parameters(self):
-        return [self.A, self.B]
-
 
 class CondLoRALinear(AdaptedLinear):
     """Owns no factors: a Conversion, the same for many layers, makes them from this layer's W0."""
@@ -100,9 +97,6 @@ class CondLoRALinear(AdaptedLinear):
 
     def factors(self):
         return self.conversion(self.weight)
-
-    def adapter_parameters(self):
-        return list(self.conversion.parameters())
 
 
 def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.0):
@@ -130,9 +124,10 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
                 conversions[key] = Conversion(linear.weight, rank)
             adapted[linear] = CondLoRALinear(
                 linear.weight, linear.bias, rank, alpha, conversions[key])
+    replace(model, adapted)
     if conversions:
         model.condlora = conversions
-    return replace(model, adapted)
+    return model
 
 
 def find_linears(model, method, targets, rank):
@@ -149,14 +144,12 @@ def find_linears(model, method, targets, rank):
     known = sorted({last_name(name) for name in linears})
     for target in targets:
         if target not in known:
-            known = ", ".join(known) or "none"
             raise ValueError(f"no nn.Linear is named {target!r}: the model has {known}")
     linears = {name: linear for name, linear in linears.items() if last_name(name) in targets}
     for name, linear in linears.items():
-        shape = tuple(linear.weight.shape)
-        if not (isinstance(rank, int) and 1 <= rank <= min(shape)):
-            raise ValueError(f"rank is {rank}: for {name}, of shape {shape}, "
-                             f"it must be from 1 to {min(shape)}")
+        most = min(linear.weight.shape)
+        if not (isinstance(rank, int) and 1 <= rank <= most):
+            raise ValueError(f"rank is {rank}: for {name} it must be from 1 to {most}")
     return linears
 
 
@@ -204,9 +197,11 @@ def to_lora(model):
 
 
 def adapter_parameters(model):
-    """The adapter's parameters, each once however many layers share it; without the head's."""
-    parameters = [p for layer in adapted_layers(model) for p in layer.adapter_parameters()]
-    return list(dict.fromkeys(parameters))
+    """The adapter's parameters, each theta once; without the head's."""
+    names = ("A", "B", "theta_A", "theta_B")
+    return [parameter for module in model.modules()
+            if isinstance(module, (LoRALinear, Conversion))
+            for name, parameter in module.named_parameters() if name in names]
 
 
 def adapted_layers(model):
@@ -215,14 +210,12 @@ def adapted_layers(model):
 
 
 def replace(model, new):
-    """Put new[old] wherever the module `old` stands, under every name it has. Returns the model."""
+    """Put new[old] wherever the module `old` stands. Conversions that a model had are dropped."""
     for name, old in list(model.named_modules(remove_duplicate=False)):
         if old in new:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, new[old].train(old.training))
-    if hasattr(model, "condlora") and not any(
-            isinstance(layer, CondLoRALinear) for layer in adapted_layers(model)):
-        del model.condlora
+    model._modules.pop("condlora", None)
     return model
 
 

@@ -1,11 +1,12 @@
 """Fetch GLUE tasks into data/glue/ and pretrained encoders into data/models/.
 
-    python data/download.py rte cola            # GLUE tasks: cola sst2 mrpc stsb qqp mnli qnli rte wnli
-    python data/download.py roberta-base        # a RoBERTa or BERT model of the Hugging Face hub
-    python data/download.py owner/name          # any other of them
+    python data/download.py rte cola        # GLUE: cola sst2 mrpc stsb qqp mnli qnli rte wnli
+    python data/download.py roberta-base    # a RoBERTa or BERT model of the Hugging Face hub
+    python data/download.py owner/name      # any other of them
 
-What is there already is not fetched again. Models come from huggingface.co, or from $HF_ENDPOINT. MRPC is put together from
-its sentences, at SentEval, and GLUE's list of which are its dev set; no task needs more than this script.
+What is there already is not fetched again. Models come from huggingface.co, or from $HF_ENDPOINT.
+MRPC is put together from its sentences, at SentEval, and GLUE's list of which are its dev set; no
+task needs more than this script.
 """
 
 import argparse
@@ -24,109 +25,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent
+HUB = "https://huggingface.co"
 GLUE = "https://dl.fbaipublicfiles.com/glue/data"
 SENTEVAL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
-ARCHIVES = {"cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B", "qqp": "QQP-clean", "mnli": "MNLI", "qnli": "QNLIv2", "rte": "RTE",
-            "wnli": "WNLI"}
+ARCHIVES = {
+    "cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B", "qqp": "QQP-clean", "mnli": "MNLI",
+    "qnli": "QNLIv2", "rte": "RTE", "wnli": "WNLI",
+}
 FOLDERS = ARCHIVES | {"qqp": "QQP", "qnli": "QNLI", "mrpc": "MRPC"}
-
-
-def fetch(url, file):
-    """Download `url` to `file`, under another name until it is whole. Raises OSError saying what went wrong with which URL."""
-    partial = file.with_name(file.name + ".part")
-    try:
-        with urllib.request.urlopen(url, timeout=60) as answer, open(partial, "wb") as out:
-            expected = answer.headers.get("Content-Length")
-            with tqdm(desc=file.name, total=int(expected) if expected else None, unit="B", unit_scale=True) as bar:
-                while chunk := answer.read(1 << 20):
-                    out.write(chunk)
-                    bar.update(len(chunk))
-        got = partial.stat().st_size
-        if expected and got != int(expected):
-            raise OSError(f"{url}: the connection broke after {got} of {expected} bytes; run the command again")
-        os.replace(partial, file)
-    except urllib.error.HTTPError:
-        raise
-    except (http.client.HTTPException, urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise OSError(f"{url}: {getattr(error, 'reason', None) or error!r}; is the network there? run the command again") from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def fetch_first(urls, folder):
-    """Download the first of `urls` that exists into `folder`; returns its file, or None where none exists."""
-    for url in urls:
-        file = folder / url.rpartition("/")[2]
-        try:
-            fetch(url, file)
-            return file
-        except urllib.error.HTTPError as error:
-            if error.code not in (401, 403, 404):                     # the hub says 401 of a repository that is not there
-                raise OSError(f"{url}: the server answered {error.code} {error.reason}") from None
-    return None
-
-
-def fetch_or_fail(url, folder):
-    file = fetch_first([url], folder)
-    if file is None:
-        raise OSError(f"{url} is not there: check the name")
-    return file
-
-
-def unpack(archive, folder):
-    """Unpack a zip into `folder`; one with a member that would land outside of it is refused whole, with ValueError."""
-    try:
-        with zipfile.ZipFile(archive) as zipped:
-            for name in zipped.namelist():
-                if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                    raise ValueError(f"{archive.name} is refused: its member {name!r} would land outside of the folder")
-            zipped.extractall(folder)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{archive.name} is no whole zip file ({error}); run the command again") from None
-
-
-def glue_task(task, folder):
-    """Fill `folder` with the task's train.tsv, dev.tsv and so on."""
-    if task == "mrpc":
-        sentences = fetch_or_fail(f"{SENTEVAL}/msr_paraphrase_train.txt", folder)
-        dev_ids = fetch_or_fail(f"{GLUE}/mrpc_dev_ids.tsv", folder)
-        split_mrpc(sentences, dev_ids, folder)
-    else:
-        archive = fetch_or_fail(f"{GLUE}/{ARCHIVES[task]}.zip", folder)
-        unpack(archive, folder)
-        archive.unlink()
-        for file in (folder / FOLDERS[task]).glob("*"):               # the archive has a folder of its own
-            file.rename(folder / file.name)
-
-
-def split_mrpc(sentences, dev_ids, folder):
-    """GLUE's train.tsv and dev.tsv, from the corpus's training sentences and GLUE's list of the pairs that are dev."""
-    dev = {tuple(line.split("\t")) for line in dev_ids.read_text(encoding="utf-8-sig").split("\n")}
-    header, *rows = sentences.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
-    parts = {"train": [header.rstrip("\r")], "dev": [header.rstrip("\r")]}
-    for row in rows:
-        row = row.rstrip("\r")
-        parts["dev" if tuple(row.split("\t")[1:3]) in dev else "train"].append(row)
-    for name, lines in parts.items():
-        (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
-
-
-def hub_model(name, folder):
-    """Fill `folder` with the model's configuration, tokenizer and weights."""
-    base = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co').rstrip('/')}/{name}/resolve/main"
-    config = fetch_or_fail(f"{base}/config.json", folder)
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError):
-        raise ValueError(f"{base}/config.json is no JSON object") from None
-    if kind not in ("bert", "roberta"):
-        raise ValueError(f"{name} is a model of type {kind!r}: this project reads bert and roberta")
-    for file in ("vocab.txt",) if kind == "bert" else ("vocab.json", "merges.txt"):
-        fetch_or_fail(f"{base}/{file}", folder)
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        fetch_first([f"{base}/{file}"], folder)                       # many models have none
-    if fetch_first([f"{base}/model.safetensors", f"{base}/pytorch_model.bin"], folder) is None:
-        raise OSError(f"{name} has neither model.safetensors nor pytorch_model.bin")
 
 
 def get(name, data=DATA):
@@ -137,13 +43,15 @@ def get(name, data=DATA):
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         folder, fill = data / "models" / name, hub_model
     else:
-        raise ValueError(f"{name!r} is neither a GLUE task ({', '.join(sorted(FOLDERS))}) nor the name of a model")
+        raise ValueError(f"{name!r} is neither a GLUE task ({', '.join(sorted(FOLDERS))}) "
+                         f"nor the name of a model")
     if folder.exists():
         print(f"{folder} is there already")
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # filled under another name, beside it, and renamed when whole
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent))
+    # Filled under another name, beside it, and renamed when whole.
+    partial = tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent)
+    partial = Path(partial)
     try:
         fill(name, partial)
         partial.chmod(0o755)
@@ -154,19 +62,136 @@ def get(name, data=DATA):
     return folder
 
 
+def hub_model(name, folder):
+    """Fill `folder` with the model's configuration, tokenizer and weights."""
+    base = f"{os.environ.get('HF_ENDPOINT', HUB).rstrip('/')}/{name}/resolve/main"
+    config = fetch_or_fail(f"{base}/config.json", folder)
+    try:
+        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError):
+        raise ValueError(f"{base}/config.json is no JSON object") from None
+    if kind not in ("bert", "roberta"):
+        raise ValueError(f"{name} is a model of type {kind!r}: this project reads bert and roberta")
+    for file in ("vocab.txt",) if kind == "bert" else ("vocab.json", "merges.txt"):
+        fetch_or_fail(f"{base}/{file}", folder)
+    for file in ("tokenizer_config.json", "special_tokens_map.json"):
+        fetch_first([f"{base}/{file}"], folder)  # many models have none
+    weights = [f"{base}/model.safetensors", f"{base}/pytorch_model.bin"]
+    if fetch_first(weights, folder) is None:
+        raise OSError(f"{name} has neither model.safetensors nor pytorch_model.bin")
+
+
+def glue_task(task, folder):
+    """Fill `folder` with the task's train.tsv, dev.tsv and so on."""
+    if task == "mrpc":
+        sentences = fetch_or_fail(f"{SENTEVAL}/msr_paraphrase_train.txt", folder)
+        dev_ids = fetch_or_fail(f"{GLUE}/mrpc_dev_ids.tsv", folder)
+        split_mrpc(sentences, dev_ids, folder)
+        return
+    archive = fetch_or_fail(f"{GLUE}/{ARCHIVES[task]}.zip", folder)
+    unpack(archive, folder)
+    archive.unlink()
+    for file in (folder / FOLDERS[task]).glob("*"):  # the archive has a folder of its own
+        file.rename(folder / file.name)
+
+
+def split_mrpc(sentences, dev_ids, folder):
+    """GLUE's train.tsv and dev.tsv: from the corpus's training sentences and the dev pairs' ids."""
+    dev_lines = dev_ids.read_text(encoding="utf-8-sig").split("\n")
+    dev = {tuple(line.split("\t")) for line in dev_lines}
+    lines = sentences.read_text(encoding="utf-8-sig").rstrip("\n").split("\n")
+    header, *rows = (line.rstrip("\r") for line in lines)
+    parts = {"train": [header], "dev": [header]}
+    for row in rows:
+        is_dev = tuple(row.split("\t")[1:3]) in dev
+        parts["dev" if is_dev else "train"].append(row)
+    for name, lines in parts.items():
+        text = "\n".join(lines) + "\n"
+        (folder / f"{name}.tsv").write_text(text, encoding="utf-8", newline="\n")
+
+
+def unpack(archive, folder):
+    """Unpack a zip into `folder`, unless a member would land outside of it: then ValueError."""
+    try:
+        with zipfile.ZipFile(archive) as zipped:
+            for name in zipped.namelist():
+                if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                    raise ValueError(f"{archive.name} is refused: "
+                                     f"its member {name!r} would land outside of the folder")
+            zipped.extractall(folder)
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"{archive.name} is no whole zip file ({error}); "
+                         f"run the command again") from None
+
+
+def fetch_or_fail(url, folder):
+    file = fetch_first([url], folder)
+    if file is None:
+        raise OSError(f"{url} is not there: check the name")
+    return file
+
+
+def fetch_first(urls, folder):
+    """Download the first of `urls` that exists into `folder`; its file, or None if none exists."""
+    for url in urls:
+        file = folder / url.rpartition("/")[2]
+        try:
+            fetch(url, file)
+            return file
+        except urllib.error.HTTPError as error:
+            # The hub says 401 of a repository that is not there.
+            if error.code not in (401, 403, 404):
+                answer = f"{error.code} {error.reason}"
+                raise OSError(f"{url}: the server answered {answer}") from None
+    return None
+
+
+def fetch(url, file):
+    """Download `url` to `file`, under another name until it is whole.
+
+    Raises OSError saying what went wrong with which URL; of HTTP's own errors, HTTPError.
+    """
+    partial = file.with_name(file.name + ".part")
+    try:
+        with urllib.request.urlopen(url, timeout=60) as answer, open(partial, "wb") as out:
+            expected = int(answer.headers.get("Content-Length") or 0) or None
+            with tqdm(desc=file.name, total=expected, unit="B", unit_scale=True) as bar:
+                while chunk := answer.read(1 << 20):
+                    out.write(chunk)
+                    bar.update(len(chunk))
+        size = partial.stat().st_size
+        if expected and size != expected:
+            raise OSError(f"{url}: the connection broke after {size} of {expected} bytes; "
+                          f"run the command again")
+        os.replace(partial, file)
+    except urllib.error.HTTPError:
+        raise
+    except (http.client.HTTPException, urllib.error.URLError, TimeoutError,
+            ConnectionError) as error:
+        reason = getattr(error, "reason", None) or repr(error)
+        raise OSError(f"{url}: {reason}; is the network there? run the command again") from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog=__doc__.partition("\n")[2])
-    parser.add_argument("names", nargs="+", metavar="NAME", help="a GLUE task, or a model of the Hugging Face hub")
+    intro, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(description=intro, epilog=rest,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="+", metavar="NAME",
+                        help="a GLUE task, or a model of the Hugging Face hub")
     try:
         for name in parser.parse_args(argv).names:
             get(name)
     except (ValueError, OSError) as error:
-        print(f"download.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(fail(error))
     except KeyboardInterrupt:
-        print("download.py: stopped; what was whole is kept", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(fail("stopped; what was whole is kept"))
+
+
+def fail(message):
+    print(f"download.py: error: {message}", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""Text to token ids: BERT's WordPiece and RoBERTa's byte-level BPE, token for token what Hugging Face's tokenizers give.
+"""Text to token ids, as Hugging Face's tokenizers give them: WordPiece and byte-level BPE.
 
     tok = load("data/models/roberta-base")
     input_ids, token_type_ids = tok.encode("A first sentence.", "Perhaps a second.", max_len=128)
 
-A tokenizer is two steps: text to words by fixed rules, then each word to pieces by a learned vocabulary. Words repeat, so
-the second step is remembered for each word. WordPiece: Wu et al. 2016, arXiv:1609.08144. Byte-level BPE: Radford et al. 2019.
+A tokenizer is two steps: text to words by fixed rules, then each word to pieces by a learned
+vocabulary. Words repeat, so the second step is remembered for each word. WordPiece is BERT's (Wu et
+al. 2016, arXiv:1609.08144), byte-level BPE RoBERTa's (Radford et al. 2019).
 """
 
 import json
@@ -15,22 +16,28 @@ from pathlib import Path
 
 
 class Tokenizer:
-    """What the two share: special tokens, pairs, truncation. A child turns a piece of plain text into token ids."""
+    """What the two share: special tokens, pairs, truncation. A child has words and ids_of_word.
 
-    def __init__(self, vocab, special, unk, cls, sep, pad, mask, seps_between):
+    vocab: {token: id}. patterns: regular expressions that find the special tokens in a text.
+    seps_between: 1 for [CLS] a [SEP] b [SEP], 2 for <s> a </s></s> b </s>.
+    """
+
+    def __init__(self, vocab, patterns, seps_between, unk, cls, sep, pad, mask):
         for token in (unk, cls, sep, pad, mask):
             if token not in vocab:
                 raise ValueError(f"the vocabulary has no special token {token!r}")
         self.vocab, self.vocab_size = vocab, len(vocab)
-        self.unk_id, self.cls_id, self.sep_id, self.pad_id, self.mask_id = (vocab[t] for t in (unk, cls, sep, pad, mask))
-        self.seps_between = seps_between                              # 1: [CLS] a [SEP] b [SEP]; 2: <s> a </s></s> b </s>
-        # a special token written out in the text stands for itself, as it does in Hugging Face's
-        self.special = re.compile("(" + "|".join(special) + ")")
+        self.unk_id, self.cls_id, self.sep_id = vocab[unk], vocab[cls], vocab[sep]
+        self.pad_id, self.mask_id = vocab[pad], vocab[mask]
+        self.seps_between = seps_between
+        # A special token written out in the text stands for itself.
+        self.special = re.compile("(" + "|".join(patterns) + ")")
         self.ids_of_word = lru_cache(maxsize=1 << 18)(self.ids_of_word)
 
     def ids(self, text):
         """Token ids of a text, without the special tokens around it."""
         ids = []
+        # Splitting by a group gives plain text, special token, plain text, and so on.
         for i, part in enumerate(self.special.split(text)):
             if i % 2:
                 ids.append(self.vocab[part.strip()])
@@ -40,19 +47,24 @@ class Tokenizer:
         return ids
 
     def encode(self, text, pair=None, max_len=128):
-        """(input_ids, token_type_ids) of a sentence or a pair, special tokens included, at most max_len tokens long.
+        """(input_ids, token_type_ids) of a sentence or a pair, special tokens included.
 
-        Too long a pair loses tokens at the end of the longer part first ("longest first"). Raises ValueError where
-        max_len leaves no room for a token.
+        They are at most max_len long: too long a pair loses tokens at the end of its longer part
+        first ("longest first"). Raises ValueError where max_len leaves no room for a token.
         """
-        a, b = self.ids(text), None if pair is None else self.ids(pair)
+        a = self.ids(text)
+        b = None if pair is None else self.ids(pair)
         room = max_len - (2 if b is None else 2 + self.seps_between)
         if room < 1:
-            raise ValueError(f"max_len is {max_len}: the special tokens alone need {max_len - room}")
+            raise ValueError(f"max_len is {max_len}: "
+                             f"the special tokens alone need {max_len - room}")
         if b is None:
-            return [self.cls_id, *a[:room], self.sep_id], [0] * (min(len(a), room) + 2)
+            a = a[:room]
+            return [self.cls_id, *a, self.sep_id], [0] * (len(a) + 2)
         if len(a) + len(b) > room:
-            half = room // 2                                          # the longer gives way until both are half of the room
+            # The longer gives way until both are half of the room; of two halves that differ by
+            # one token, the larger is the longer part's.
+            half = room // 2
             if len(a) <= len(b):
                 short = min(len(a), half)
                 a, b = a[:short], b[:room - short]
@@ -60,36 +72,37 @@ class Tokenizer:
                 short = min(len(b), half)
                 a, b = a[:room - short], b[:short]
         first = [self.cls_id, *a, self.sep_id]
-        second = [*[self.sep_id] * (self.seps_between - 1), *b, self.sep_id]
+        second = [self.sep_id] * (self.seps_between - 1) + [*b, self.sep_id]
         return first + second, [0] * len(first) + [self.second_type] * len(second)
 
 
 class WordPiece(Tokenizer):
-    """BERT: clean, lower-case and split the text, then cut each word into the longest pieces the vocabulary has."""
+    """BERT's: clean, lower-case and split the text; cut words into the longest known pieces."""
 
     second_type = 1
 
     def __init__(self, vocab, lower=True, strip_accents=None, split_chinese=True, **special):
-        super().__init__(vocab, [re.escape(token) for token in special.values()], seps_between=1, **special)
+        patterns = [re.escape(token) for token in special.values()]
+        super().__init__(vocab, patterns, seps_between=1, **special)
         self.lower = lower
         self.strip_accents = lower if strip_accents is None else strip_accents
         self.split_chinese = split_chinese
 
     def words(self, text):
+        text = text.translate(CLEAN)
         if not text.isascii():
-            text = text.translate(CLEAN)
             if self.split_chinese:
                 text = CHINESE.sub(r" \g<0> ", text)
             if self.strip_accents:
-                text = "".join(c for c in unicodedata.normalize("NFD", text) if unicodedata.category(c) != "Mn")
+                text = "".join(c for c in unicodedata.normalize("NFD", text)
+                               if unicodedata.category(c) != "Mn")
             if self.lower:
-                text = text.replace("Σ", "σ")                         # else lower() would end a word in a final sigma
-        else:
-            text = text.translate(CLEAN)
+                # Else lower() would end a word in a final sigma.
+                text = text.replace("\u03a3", "\u03c3")
         if self.lower:
             text = text.lower()
         for chunk in text.split():
-            if chunk.isalnum():                                       # most words: nothing to split
+            if chunk.isalnum():  # most words: nothing to split
                 yield chunk
             else:
                 yield from split_punctuation(chunk)
@@ -105,42 +118,47 @@ class WordPiece(Tokenizer):
                 if piece is not None:
                     break
             else:
-                return [self.unk_id]                                  # one unknown piece makes the whole word unknown
+                return [self.unk_id]  # one unknown piece makes the whole word unknown
             ids.append(piece)
             start = end
         return ids
 
 
 class ByteLevelBPE(Tokenizer):
-    """RoBERTa: split the text, spaces kept, write each word as bytes, and join neighbours in the order learned."""
+    """RoBERTa's: split the text, spaces kept; write each word as bytes; join learned neighbours."""
 
     second_type = 0
 
     def __init__(self, vocab, merges, add_prefix_space=False, **special):
-        # <mask> takes the spaces before it along
-        super().__init__(vocab, [(r"\s*" if name == "mask" else "") + re.escape(token) for name, token in special.items()],
-                         seps_between=2, **special)
+        patterns = {name: re.escape(token) for name, token in special.items()}
+        patterns["mask"] = r"\s*" + patterns["mask"]  # <mask> takes the spaces before it along
+        super().__init__(vocab, patterns.values(), seps_between=2, **special)
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self.add_prefix_space = add_prefix_space
 
     def words(self, text):
         if self.add_prefix_space and not text[0].isspace():
             text = " " + text
-        # match on a copy in which every other script's letters are "a" and its digits "0": the lengths are the same
-        classes = text if text.isascii() else text.translate(CLASSES)
-        return (text[match.start():match.end()] for match in WORD.finditer(classes))
+        # WORD knows ASCII only. It is matched on a shadow of the text, in which every other letter
+        # is an "a", every other digit a "0", and every other sign a "!". The lengths are the same:
+        #     text     Naïve π ≥ ٣        words   "Naïve", " π", " ≥", " ٣"
+        #     shadow   Naave a ! 0        words   "Naave", " a", " !", " 0"
+        shadow = text if text.isascii() else text.translate(CLASSES)
+        return (text[match.start():match.end()] for match in WORD.finditer(shadow))
 
     def ids_of_word(self, word):
         parts = [BYTES[byte] for byte in word.encode("utf-8", errors="replace")]
         while len(parts) > 1:
-            best = min(range(len(parts) - 1), key=lambda i: self.rank.get((parts[i], parts[i + 1]), len(self.rank)))
-            if (parts[best], parts[best + 1]) not in self.rank:
+            # Join the first of the neighbours that were learned earliest.
+            ranks = [self.rank.get(pair, len(self.rank)) for pair in zip(parts, parts[1:])]
+            best = ranks.index(min(ranks))
+            if ranks[best] == len(self.rank):
                 break
             parts[best:best + 2] = [parts[best] + parts[best + 1]]
         return [self.vocab.get(part, self.unk_id) for part in parts]
 
 
-# Rules about characters, each worked out the first time it is met ----------------------------------------------------
+# Rules about characters, each worked out the first time it is met --------------------------------
 
 class Rule(dict):
     """For str.translate: what becomes of a character, by a function, remembered."""
@@ -154,11 +172,12 @@ class Rule(dict):
 
 
 def is_space(c):
-    """Unicode's White_Space, which leaves out four control characters that Python's isspace takes in."""
+    """Unicode's White_Space, without four control characters that Python's isspace takes in."""
     return c.isspace() and not "\x1c" <= c <= "\x1f"
 
 
 def clean(c):
+    """BERT's: white space becomes a space, control characters vanish."""
     if c in "\t\n\r":
         return " "
     if c == "\ufffd" or unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co"):
@@ -167,6 +186,7 @@ def clean(c):
 
 
 def class_of(c):
+    """An ASCII character of the same class: letter, digit, space or other sign."""
     if c.isascii() and not "\x1c" <= c <= "\x1f":
         return c
     if is_space(c):
@@ -175,11 +195,14 @@ def class_of(c):
 
 
 CLEAN, CLASSES = Rule(clean), Rule(class_of)
-CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f"
-                     "\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]")
-# GPT-2's words: an English contraction, or letters, digits or other signs with at most one space before, or spaces
-WORD = re.compile(r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
-# GPT-2's alphabet: a printable character for each byte, its own where it has one
+CHINESE = re.compile(
+    "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f"
+    "\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]")
+# GPT-2's words: an English contraction, or letters, digits or other signs with at most one space
+# before them, or spaces.
+WORD = re.compile(
+    r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
+# GPT-2's alphabet: a printable character for each byte, its own where it has one.
 PRINTABLE = {*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)}
 BYTES = [chr(byte) if byte in PRINTABLE else None for byte in range(256)]
 for number, byte in enumerate(byte for byte in range(256) if BYTES[byte] is None):
@@ -188,7 +211,10 @@ for number, byte in enumerate(byte for byte in range(256) if BYTES[byte] is None
 
 @lru_cache(maxsize=None)
 def is_punctuation(c):
-    return (c.isascii() and c.isprintable() and not c.isalnum() and c != " ") or unicodedata.category(c)[0] == "P"
+    """BERT's: Unicode's punctuation, and all of ASCII's signs."""
+    if c.isascii():
+        return c.isprintable() and not c.isalnum() and c != " "
+    return unicodedata.category(c)[0] == "P"
 
 
 def split_punctuation(chunk):
@@ -203,37 +229,52 @@ def split_punctuation(chunk):
         yield chunk[start:]
 
 
-# Reading a folder ----------------------------------------------------------------------------------------------------
+# Reading a folder --------------------------------------------------------------------------------
 
 def load(path):
-    """The tokenizer of a folder with vocab.txt (WordPiece) or with vocab.json and merges.txt (byte-level BPE).
+    """The tokenizer of a folder: vocab.txt is WordPiece's, vocab.json with merges.txt BPE's.
 
-    tokenizer_config.json and special_tokens_map.json are followed where they exist. Raises FileNotFoundError or
-    ValueError, naming the folder, where a file is missing or damaged.
+    tokenizer_config.json and special_tokens_map.json are followed where they exist. Raises
+    FileNotFoundError or ValueError, naming the folder, where a file is missing or damaged.
     """
     path = Path(path)
-    settings = {}
     try:
+        settings = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (path / name).is_file():
                 settings |= json.loads((path / name).read_text(encoding="utf-8"))
-
-        def special(**defaults):
-            chosen = {name: settings.get(f"{name}_token") or default for name, default in defaults.items()}
-            return {name: t["content"] if isinstance(t, dict) else t for name, t in chosen.items()}
-
         if (path / "vocab.txt").is_file():
-            lines = (path / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
-            return WordPiece({token.rstrip("\r"): i for i, token in enumerate(lines)},
-                             settings.get("do_lower_case", True), settings.get("strip_accents"),
-                             settings.get("tokenize_chinese_chars", True),
-                             **special(unk="[UNK]", cls="[CLS]", sep="[SEP]", pad="[PAD]", mask="[MASK]"))
+            return read_wordpiece(path, settings)
         if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-            vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
-            lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
-            merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
-            return ByteLevelBPE(vocab, merges, settings.get("add_prefix_space", False),
-                                **special(unk="<unk>", cls="<s>", sep="</s>", pad="<pad>", mask="<mask>"))
+            return read_bpe(path, settings)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     raise FileNotFoundError(f"no vocab.txt, and no vocab.json with merges.txt, in {path}")
+
+
+def read_wordpiece(path, settings):
+    lines = (path / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
+    vocab = {token.rstrip("\r"): i for i, token in enumerate(lines)}
+    special = special_tokens(
+        settings, unk="[UNK]", cls="[CLS]", sep="[SEP]", pad="[PAD]", mask="[MASK]")
+    return WordPiece(vocab, settings.get("do_lower_case", True), settings.get("strip_accents"),
+                     settings.get("tokenize_chinese_chars", True), **special)
+
+
+def read_bpe(path, settings):
+    vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
+    lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [tuple(line.split(" ")) for line in lines
+              if line and not line.startswith("#version")]
+    special = special_tokens(
+        settings, unk="<unk>", cls="<s>", sep="</s>", pad="<pad>", mask="<mask>")
+    return ByteLevelBPE(vocab, merges, settings.get("add_prefix_space", False), **special)
+
+
+def special_tokens(settings, **defaults):
+    """{"unk": "[UNK]", ...}, as the folder's settings have them or else the defaults."""
+    chosen = {}
+    for name, default in defaults.items():
+        token = settings.get(f"{name}_token") or default
+        chosen[name] = token["content"] if isinstance(token, dict) else token
+    return chosen
