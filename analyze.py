@@ -17,6 +17,7 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,6 +119,7 @@ class Layer(NamedTuple):
     scale: float
     theta_A: torch.Tensor | None  # (r, d), the same in all layers; None in LoRA
     theta_B: torch.Tensor | None
+    solve: Callable  # solver(W0)
 
 
 class Matrices(NamedTuple):
@@ -137,39 +139,36 @@ def random_factors(A, B, draw):
 
 
 def trained_and_controls(layers, draw):
-    """(Matrices of the trained layers, a list of Matrices of as many untrained ones as DRAWS)."""
-    if layers[0].theta_A is None:
-        return conversions_of_lora(layers, draw)
-    return factors_of_condlora(layers, draw)
-
-
-def conversions_of_lora(layers, draw):
-    """Conversion matrices, of the trained factors and of untrained ones, through the same W0."""
-    stacks = [[] for _ in range(1 + DRAWS)]
-    for layer in tqdm(layers, "solving", unit="layer", leave=False, delay=1):
-        solve = solver(layer.W0)
-        factors = [(layer.A, layer.B)]
-        factors += [random_factors(layer.A, layer.B, draw) for _ in range(DRAWS)]
-        for stack, (A, B) in zip(stacks, factors):
-            C = conversion_matrices(layer.W0, A, B, solve)
-            stack.append((C["A"], C["B"], A))
-    trained, *controls = (stacked(stack) for stack in stacks)
+    """Matrices of the trained layers, and a list of the same of untrained ones, DRAWS times."""
+    theta_A, theta_B = layers[0].theta_A, layers[0].theta_B
+    if theta_A is None:
+        trained = conversions(layers, [(layer.A, layer.B) for layer in layers])
+        controls = [conversions(layers, [random_factors(layer.A, layer.B, draw)
+                                         for layer in layers]) for _ in range(DRAWS)]
+    else:
+        trained = factors(layers, theta_A, theta_B)
+        controls = [factors(layers, *random_factors(theta_A, theta_B, draw))
+                    for _ in range(DRAWS)]
     return trained, controls
 
 
-def factors_of_condlora(layers, draw):
-    """A and B themselves: of the trained thetas, and of untrained ones through the same W0."""
-    trained = stacked([(layer.A.T, layer.B, layer.A) for layer in layers])
-    controls = []
-    for _ in range(DRAWS):
-        theta_A, theta_B = random_factors(layers[0].theta_A, layers[0].theta_B, draw)
-        factors = []
-        for W0, *_ in layers:
-            square = W0.shape[0] == W0.shape[1]
-            A_T, B = (W0 if square else W0.T) @ theta_A.T, W0 @ theta_B.T
-            factors.append((A_T, B, A_T.T))
-        controls.append(stacked(factors))
-    return trained, controls
+def conversions(layers, pairs):
+    """LoRA: the conversion matrices of each layer's (A, B)."""
+    rows = []
+    for layer, (A, B) in zip(layers, pairs):
+        C = conversion_matrices(layer.W0, A, B, layer.solve)
+        rows.append((C["A"], C["B"], A))
+    return stacked(rows)
+
+
+def factors(layers, theta_A, theta_B):
+    """CondLoRA: each layer's A^T and B, made from its W0 by these thetas."""
+    rows = []
+    for layer in layers:
+        square = layer.W0.shape[0] == layer.W0.shape[1]
+        A_T = (layer.W0 if square else layer.W0.T) @ theta_A.T
+        rows.append((A_T, layer.W0 @ theta_B.T, A_T.T))
+    return stacked(rows)
 
 
 def stacked(triples):
@@ -242,8 +241,8 @@ def theta_check(layers):
     found = {}
     for name in ("A", "B"):
         theta = getattr(layers[0], f"theta_{name}")
-        deviations = [(conversion_matrices(W0, A, B)[name] - theta.T).abs().max()
-                      for W0, A, B, *_ in layers]
+        deviations = [(conversion_matrices(layer.W0, layer.A, layer.B, layer.solve)[name]
+                       - theta.T).abs().max() for layer in layers]
         found[name] = {
             "largest_deviation": (max(deviations) / theta.abs().max()).item(),
             "singular_values": torch.linalg.svdvals(theta).tolist(),
@@ -283,34 +282,31 @@ def comparison(one, two, i, j):
         values = [subspace_similarity(X, Y, i, j, side) for X, Y in pairs]
         return sum(values) / len(values)
 
-    def conversions(layer, untrained=False):
-        if layer.theta_A is not None:  # they are theta, which starts at random
-            thetas = layer.theta_A, layer.theta_B
-            return [theta.T for theta in (random_factors(*thetas, draw) if untrained else thetas)]
-        factors = layer.A, layer.B
-        A, B = random_factors(*factors, draw) if untrained else factors
-        C = conversion_matrices(layer.W0, A, B, solvers[id(layer)])
-        return C["A"], C["B"]
+    def conversion(layer, name, untrained=False):
+        """C_A or C_B: theta^T in CondLoRA, whose control is a fresh theta."""
+        sources = [layer.A, layer.B] if layer.theta_A is None else [layer.theta_A, layer.theta_B]
+        A, B = random_factors(*sources, draw) if untrained else sources
+        if layer.theta_A is not None:
+            return A.T if name == "A" else B.T
+        return conversion_matrices(layer.W0, A, B, layer.solve)[name]
 
-    solvers = {id(layer): solver(layer.W0) for layer in (*one, *two) if layer.theta_A is None}
-    pairs = list(zip(one, two))
-    rows = {
-        "A": {"phi": mean_phi([(a.A, b.A) for a, b in pairs], "right")},
-        "B": {"phi": mean_phi([(a.B, b.B) for a, b in pairs])},
-    }
-    trained = [(conversions(a), conversions(b)) for a, b in pairs]
-    controls = [[(conversions(a, untrained=True), conversions(b, untrained=True))
-                 for a, b in pairs] for _ in range(DRAWS)]
-    for k, name in enumerate(("C_A", "C_B")):
-        of_name = lambda both: [(X[k], Y[k]) for X, Y in both]
-        rows[name] = {
-            "phi": mean_phi(of_name(trained)),
-            "control": mean_and_deviation([mean_phi(of_name(drawn)) for drawn in controls]),
+    layers = list(zip(one, two))
+    rows = {}
+    for name, side in (("A", "right"), ("B", "left")):
+        X = getattr(one[0], name)
+        shape = X.T.shape if name == "A" else X.shape
+        gaussians = torch.randn(DRAWS, len(layers), 2, *shape, generator=draw, dtype=torch.float64)
+        random = mean_and_deviation([mean_phi(pairs) for pairs in gaussians])
+        factors = [(getattr(a, name), getattr(b, name)) for a, b in layers]
+        rows[name] = {"phi": mean_phi(factors, side), "random": random}
+        trained = [(conversion(a, name), conversion(b, name)) for a, b in layers]
+        controls = [[(conversion(a, name, True), conversion(b, name, True)) for a, b in layers]
+                    for _ in range(DRAWS)]
+        rows[f"C_{name}"] = {
+            "phi": mean_phi(trained),
+            "control": mean_and_deviation([mean_phi(pairs) for pairs in controls]),
+            "random": random,
         }
-    for name, (d, r) in {"A": one[0].A.T.shape, "B": one[0].B.shape}.items():
-        gaussians = torch.randn(DRAWS, len(pairs), 2, d, r, generator=draw, dtype=torch.float64)
-        random = mean_and_deviation([mean_phi(drawn) for drawn in gaussians])
-        rows[name]["random"] = rows[f"C_{name}"]["random"] = random
     return rows
 
 
@@ -415,10 +411,10 @@ def read(file, init_from, device):
     model.double().to(device)
     names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
     targets = {}
-    for layer in adapted_layers(model):
+    for layer in tqdm(adapted_layers(model), "factorizing W0", leave=False, delay=1):
         conversion = getattr(layer, "conversion", None)
         thetas = (conversion.theta_A, conversion.theta_B) if conversion else (None, None)
-        entry = Layer(layer.weight, *layer.factors(), layer.scale, *thetas)
+        entry = Layer(layer.weight, *layer.factors(), layer.scale, *thetas, solver(layer.weight))
         targets.setdefault(names[layer], []).append(entry)
     if len(next(iter(targets.values()))) < 2:
         raise ValueError(f"{file} has one adapted layer a target: there are no pairs to compare")
@@ -461,9 +457,9 @@ def print_tables(result, method, compared_file):
              [[name, f"{row['largest_deviation']:.1e}",
                " ".join(f"{value:.3g}" for value in row["singular_values"])]
               for name, row in flat(result["theta"])])
-    what = "conversion matrices" if method == "lora" else "A, B and BA, made by one theta"
+    what = "conversion matrices" if method == "lora" else "A and B, made by one theta"
     print(f"{what}: mean phi over pairs of layers")
-    show(["", "trained", "control (untrained)", "distance", "raw A, B", "random"],
+    show(["", "trained", "control (untrained)", "distance", "A, B themselves", "random"],
          [[name, f"{row['trained']:.4f}", plus_minus(row["control"]),
            f"{row['distance']:+.1f} sd", f"{row['raw']:.4f}", plus_minus(row["random"])]
           for name, row in flat(result["likeness"])])

@@ -144,6 +144,7 @@ def find_linears(model, method, targets, rank):
     known = sorted({last_name(name) for name in linears})
     for target in targets:
         if target not in known:
+            known = ", ".join(known) or "none"
             raise ValueError(f"no nn.Linear is named {target!r}: the model has {known}")
     linears = {name: linear for name, linear in linears.items() if last_name(name) in targets}
     for name, linear in linears.items():

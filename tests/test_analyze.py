@@ -146,9 +146,8 @@ def test_loras_control_is_untrained_factors_through_the_same_w0(checkpoint, caps
     encoder = torch.load(bert_folder / "pytorch_model.bin", weights_only=True)
 
     def make(weights, factors):
-        layers = [[factors((3, 8), (8, 3)) for _ in range(10)] for _ in weights]
-        C = [[(np.linalg.solve(W0, A.T), np.linalg.solve(W0, B)) for A, B in draws] for W0, draws in zip(weights, layers)]
-        return zip(*C)
+        draws = [[factors((3, 8), (8, 3)) for _ in weights] for _ in range(10)]
+        return [[(np.linalg.solve(W0, A.T), np.linalg.solve(W0, B)) for W0, (A, B) in zip(weights, layers)] for layers in draws]
     for target in ("query", "value"):
         row = json.load(open("out.json"))["likeness"][target]
         for name, expected in control_of(file, encoder, target, make).items():
