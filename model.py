@@ -1,11 +1,12 @@
-"""A post-layer-norm transformer encoder: RoBERTa and BERT, from Hugging Face's files.
+"""A post-layer-norm transformer encoder: RoBERTa, BERT and MPNet, from Hugging Face's files.
 
     model = Transformer.from_pretrained("data/models/roberta-base", n_out=2)
     logits = model(input_ids, token_type_ids, attention_mask)       # (batch, n_out)
 
-BERT: Devlin et al. 2019, arXiv:1810.04805. RoBERTa: Liu et al. 2019, arXiv:1907.11692. The two
-differ in where positions start and in the classification head's history; every other number is in
-config.json.
+BERT: Devlin et al. 2019, arXiv:1810.04805. RoBERTa: Liu et al. 2019, arXiv:1907.11692; its
+positions start elsewhere, and its classification head has another history. MPNet: Song et al. 2020,
+arXiv:2004.09297; it is RoBERTa with a relative position bias on the attention scores and without
+token types. Every other number is in config.json.
 
 Shapes: B sequences of T tokens, d = hidden_size, nh heads of size hs = d / nh.
 """
@@ -26,13 +27,13 @@ import torch.nn.functional as F
 class Config:
     """Sizes and settings, named as in Hugging Face's config.json; the defaults are BERT-base's."""
 
-    model_type: str = "bert"  # or "roberta"
+    model_type: str = "bert"  # or "roberta" or "mpnet"
     vocab_size: int = 30522
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
-    # RoBERTa counts the pad_token_id + 1 positions that no token uses, too.
+    # RoBERTa and MPNet count the pad_token_id + 1 positions that no token uses, too.
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     pad_token_id: int = 0
@@ -42,18 +43,20 @@ class Config:
     initializer_range: float = 0.02
     hidden_act: str = "gelu"
     position_embedding_type: str = "absolute"
+    relative_attention_num_buckets: int = 32  # MPNet's
     n_out: int = 2  # classes, or 1 for regression
 
     def __post_init__(self):
         known = {
-            "model_type": ("bert", "roberta"),
+            "model_type": ("bert", "roberta", "mpnet"),
             "hidden_act": ("gelu",),
             "position_embedding_type": ("absolute",),
+            "relative_attention_num_buckets": (32,),
         }
         for name, values in known.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: "
-                                 f"this encoder has {' and '.join(values)}")
+                                 f"this encoder has {', '.join(map(str, values))}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of "
                              f"num_attention_heads {self.num_attention_heads}")
@@ -61,7 +64,7 @@ class Config:
     @property
     def max_len(self):
         """The longest sequence that has positions, in tokens."""
-        unused = self.pad_token_id + 1 if self.model_type == "roberta" else 0
+        unused = 0 if self.model_type == "bert" else self.pad_token_id + 1
         return self.max_position_embeddings - unused
 
 
@@ -87,7 +90,10 @@ class Attention(nn.Module):
         self.dropout = Dropout(config.attention_probs_dropout_prob)
 
     def forward(self, x, context, mask):
-        """x (B, t, d) attends to context (B, T, d); mask (B, 1, 1, T) is added to the scores."""
+        """x (B, t, d) attends to context (B, T, d).
+
+        mask is added to the scores: (B, 1, 1, T), or (B, nh, t, T) with MPNet's bias, or None.
+        """
         q = self.heads(self.query(x))  # (B, nh, t, hs)
         k = self.heads(self.key(context))  # (B, nh, T, hs)
         v = self.heads(self.value(context))  # (B, nh, T, hs)
@@ -121,6 +127,7 @@ class Layer(nn.Module):
         context = x
         if first_only:
             x = x[:, :1].contiguous()
+            mask = None if mask is None else mask[:, :, :1]
         # Post-layer-norm: each norm comes after the sum.
         x = self.norm1(x + self.dropout(self.attention(x, context, mask)))
         return self.norm2(x + self.dropout(self.fc2(F.gelu(self.fc1(x)))))
@@ -133,34 +140,52 @@ class Embeddings(nn.Module):
         self.config = config
         self.word = nn.Embedding(config.vocab_size, d)
         self.position = nn.Embedding(config.max_position_embeddings, d)
-        self.token_type = nn.Embedding(config.type_vocab_size, d)
+        if config.model_type != "mpnet":
+            self.token_type = nn.Embedding(config.type_vocab_size, d)
         self.norm = nn.LayerNorm(d, config.layer_norm_eps)
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, input_ids, token_type_ids):  # both (B, T) -> (B, T, d)
-        if self.config.model_type == "roberta":
+        if self.config.model_type == "bert":
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        else:
             # Count the tokens that are no padding, from pad + 1; padding itself is at pad.
             pad = self.config.pad_token_id
             real = (input_ids != pad).long()
             positions = real.cumsum(1) * real + pad
-        else:
-            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        if token_type_ids is None:
-            token_type_ids = torch.zeros_like(input_ids)
-        x = self.word(input_ids) + self.token_type(token_type_ids) + self.position(positions)
-        return self.dropout(self.norm(x))
+        x = self.word(input_ids)
+        if self.config.model_type != "mpnet":
+            if token_type_ids is None:
+                token_type_ids = torch.zeros_like(input_ids)
+            x = x + self.token_type(token_type_ids)
+        return self.dropout(self.norm(x + self.position(positions)))
+
+
+def relative_buckets(T, n_buckets=32):
+    """(T, T): the bucket of query q and key k, by k - q (T5's rule: Raffel et al. 2020, 2.1).
+
+    Half of the buckets are for keys before the query, half for those after. In each half the first
+    half is one distance each; the others grow with the logarithm, up to distances of 128 and more.
+    """
+    offset = torch.arange(T)[None, :] - torch.arange(T)[:, None]
+    distance = offset.abs()
+    half = n_buckets // 2
+    exact = half // 2
+    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(128 / exact)
+    far = (exact + (growth * (half - exact)).long()).clamp(max=half - 1)
+    return torch.where(distance < exact, distance, far) + half * (offset > 0)
 
 
 class Head(nn.Module):
-    """RoBERTa's classification head, and BERT's pooler and classifier: on the first token."""
+    """RoBERTa's and MPNet's classification head, or BERT's pooler and classifier."""
 
     def __init__(self, config):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
         self.out = nn.Linear(config.hidden_size, config.n_out)
         self.dropout = Dropout(config.hidden_dropout_prob)
-        # RoBERTa drops the dense layer's input, too.
-        self.dropout_first = config.model_type == "roberta"
+        # All but BERT drop the dense layer's input, too.
+        self.dropout_first = config.model_type != "bert"
 
     def forward(self, x):  # (B, T, d) -> (B, n_out)
         # The head may train in float32 on a bfloat16 encoder.
@@ -177,6 +202,10 @@ class Transformer(nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.head = Head(config)
+        if config.model_type == "mpnet":
+            self.relative_bias = nn.Embedding(32, config.num_attention_heads)
+            buckets = relative_buckets(config.max_len)
+            self.register_buffer("buckets", buckets, persistent=False)
         self.apply(self.initialize)
 
     def initialize(self, module):
@@ -201,7 +230,11 @@ class Transformer(nn.Module):
             # Added to the scores: 0, or so low that softmax gives 0.
             mask = torch.zeros_like(attention_mask, dtype=x.dtype)
             mask.masked_fill_(attention_mask == 0, torch.finfo(x.dtype).min)
-            mask = mask[:, None, None, :]  # (B, heads, queries, T)
+            mask = mask[:, None, None, :]  # (B, 1, 1, T)
+        if self.config.model_type == "mpnet":
+            T = input_ids.shape[1]
+            bias = self.relative_bias(self.buckets[:T, :T]).permute(2, 0, 1)[None]
+            mask = bias if mask is None else mask + bias  # (B or 1, nh, T, T)
         for layer in self.layers:
             x = layer(x, mask, first_only and layer is self.layers[-1])
         return x
@@ -214,15 +247,15 @@ class Transformer(nn.Module):
     def from_pretrained(cls, path, n_out=2):
         """Read a folder of Hugging Face's: config.json, model.safetensors or pytorch_model.bin.
 
-        Weights are found with and without the "bert." or "roberta." prefix, and kept in float32. A
-        head that is absent or has another number of outputs than n_out is drawn anew; other keys
-        (the MLM head) are passed over. Raises FileNotFoundError or ValueError, naming the file and
-        what is missing or does not fit.
+        Weights are found with and without the prefix "bert.", "roberta." or "mpnet.", and kept in
+        float32. A head that is absent or has another number of outputs than n_out is drawn anew;
+        other keys (the MLM head) are passed over. Raises FileNotFoundError or ValueError, naming
+        the file and what is missing or does not fit.
         """
         path = Path(path)
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"no config.json in {path}: it should be a folder with a "
-                                    f"RoBERTa or BERT model")
+                                    f"RoBERTa, BERT or MPNet model")
         model = cls(read_config(path / "config.json", n_out))
         file = weights_file(path)
         tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_bin(file)
@@ -259,30 +292,43 @@ class Transformer(nn.Module):
 
 # Our names and theirs, by parts. No part contains another's replacement (the dot after
 # "attention.out" sees to that), so the order of the replacements does not matter.
-HF_NAMES = {
+NAMES = {
     "embeddings.norm": "embeddings.LayerNorm",
     "embeddings.word": "embeddings.word_embeddings",
     "embeddings.position": "embeddings.position_embeddings",
     "embeddings.token_type": "embeddings.token_type_embeddings",
+    "relative_bias": "encoder.relative_attention_bias",
     "layers.": "encoder.layer.",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+    "norm2": "output.LayerNorm",
+}
+BERT_ATTENTION = {
     "attention.query": "attention.self.query",
     "attention.key": "attention.self.key",
     "attention.value": "attention.self.value",
     "attention.out.": "attention.output.dense.",
     "norm1": "attention.output.LayerNorm",
-    "fc1": "intermediate.dense",
-    "fc2": "output.dense",
-    "norm2": "output.LayerNorm",
 }
-HF_HEAD_NAMES = {
-    "bert": {"head.dense": "pooler.dense", "head.out": "classifier"},
-    "roberta": {"head.dense": "classifier.dense", "head.out": "classifier.out_proj"},
+MPNET_ATTENTION = {
+    "attention.query": "attention.attn.q",
+    "attention.key": "attention.attn.k",
+    "attention.value": "attention.attn.v",
+    "attention.out.": "attention.attn.o.",
+    "norm1": "attention.LayerNorm",
+}
+BERT_HEAD = {"head.dense": "pooler.dense", "head.out": "classifier"}
+ROBERTA_HEAD = {"head.dense": "classifier.dense", "head.out": "classifier.out_proj"}
+HF_NAMES = {
+    "bert": NAMES | BERT_ATTENTION | BERT_HEAD,
+    "roberta": NAMES | BERT_ATTENTION | ROBERTA_HEAD,
+    "mpnet": NAMES | MPNET_ATTENTION | ROBERTA_HEAD,
 }
 
 
 def hf_name(name, model_type):
     """layers.0.norm1.bias -> encoder.layer.0.attention.output.LayerNorm.bias, and so on."""
-    for ours, hf in (HF_NAMES | HF_HEAD_NAMES[model_type]).items():
+    for ours, hf in HF_NAMES[model_type].items():
         name = name.replace(ours, hf)
     return name
 
@@ -304,12 +350,12 @@ def read_config(file, n_out):
     except ValueError as error:
         raise ValueError(f"{file} is not JSON: {error}") from None
     model_type = settings.get("model_type")
-    if model_type not in HF_HEAD_NAMES:
-        raise ValueError(f"{file}: model_type is {model_type!r}, not bert or roberta")
+    if model_type not in HF_NAMES:
+        raise ValueError(f"{file}: model_type is {model_type!r}, not {' or '.join(HF_NAMES)}")
     known = {field.name for field in dataclasses.fields(Config)} - {"n_out"}
     given = {name: value for name, value in settings.items()
              if name in known and value is not None}
-    if model_type == "roberta":
+    if model_type != "bert":
         given.setdefault("pad_token_id", 1)
     try:
         return Config(n_out=n_out, **given)

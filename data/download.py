@@ -1,7 +1,7 @@
 """Fetch GLUE tasks into data/glue/ and pretrained encoders into data/models/.
 
     python data/download.py rte cola        # GLUE: cola sst2 mrpc stsb qqp mnli qnli rte wnli
-    python data/download.py roberta-base    # a RoBERTa or BERT model of the Hugging Face hub
+    python data/download.py roberta-base    # a RoBERTa, BERT or MPNet model of the Hugging Face hub
     python data/download.py owner/name      # any other of them
 
 What is there already is not fetched again. Models come from huggingface.co, or from $HF_ENDPOINT.
@@ -70,9 +70,10 @@ def hub_model(name, folder):
         kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
     except (ValueError, AttributeError):
         raise ValueError(f"{base}/config.json is no JSON object") from None
-    if kind not in ("bert", "roberta"):
-        raise ValueError(f"{name} is a model of type {kind!r}: this project reads bert and roberta")
-    for file in ("vocab.txt",) if kind == "bert" else ("vocab.json", "merges.txt"):
+    if kind not in ("bert", "roberta", "mpnet"):
+        raise ValueError(f"{name} is a model of type {kind!r}: "
+                         f"this project reads bert, roberta and mpnet")
+    for file in ("vocab.json", "merges.txt") if kind == "roberta" else ("vocab.txt",):
         fetch_or_fail(f"{base}/{file}", folder)
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         fetch_first([f"{base}/{file}"], folder)  # many models have none

@@ -4,8 +4,8 @@
     input_ids, token_type_ids = tok.encode("A first sentence.", "Perhaps a second.", max_len=128)
 
 A tokenizer is two steps: text to words by fixed rules, then each word to pieces by a learned
-vocabulary. Words repeat, so the second step is remembered for each word. WordPiece is BERT's (Wu et
-al. 2016, arXiv:1609.08144), byte-level BPE RoBERTa's (Radford et al. 2019).
+vocabulary. Words repeat, so the second step is remembered for each word. WordPiece is BERT's and
+MPNet's (Wu et al. 2016, arXiv:1609.08144), byte-level BPE RoBERTa's (Radford et al. 2019).
 """
 
 import json
@@ -19,17 +19,18 @@ class Tokenizer:
     """What the two share: special tokens, pairs, truncation. A child has words and ids_of_word.
 
     vocab: {token: id}. patterns: regular expressions that find the special tokens in a text.
-    seps_between: 1 for [CLS] a [SEP] b [SEP], 2 for <s> a </s></s> b </s>.
     """
 
-    def __init__(self, vocab, patterns, seps_between, unk, cls, sep, pad, mask):
+    seps_between = 2  # <s> a </s></s> b </s>; 1 for [CLS] a [SEP] b [SEP]
+    second_type = 0  # the token type of b
+
+    def __init__(self, vocab, patterns, unk, cls, sep, pad, mask):
         for token in (unk, cls, sep, pad, mask):
             if token not in vocab:
                 raise ValueError(f"the vocabulary has no special token {token!r}")
         self.vocab, self.vocab_size = vocab, len(vocab)
         self.unk_id, self.cls_id, self.sep_id = vocab[unk], vocab[cls], vocab[sep]
         self.pad_id, self.mask_id = vocab[pad], vocab[mask]
-        self.seps_between = seps_between
         # A special token written out in the text stands for itself.
         self.special = re.compile("(" + "|".join(patterns) + ")")
         self.ids_of_word = lru_cache(maxsize=1 << 18)(self.ids_of_word)
@@ -79,11 +80,13 @@ class Tokenizer:
 class WordPiece(Tokenizer):
     """BERT's: clean, lower-case and split the text; cut words into the longest known pieces."""
 
+    seps_between = 1
     second_type = 1
+    more_special = ()
 
     def __init__(self, vocab, lower=True, strip_accents=None, split_chinese=True, **special):
-        patterns = [re.escape(token) for token in special.values()]
-        super().__init__(vocab, patterns, seps_between=1, **special)
+        patterns = [re.escape(token) for token in (*special.values(), *self.more_special)]
+        super().__init__(vocab, patterns, **special)
         self.lower = lower
         self.strip_accents = lower if strip_accents is None else strip_accents
         self.split_chinese = split_chinese
@@ -124,15 +127,21 @@ class WordPiece(Tokenizer):
         return ids
 
 
+class MPNetWordPiece(WordPiece):
+    """BERT's words and pieces between RoBERTa's special tokens."""
+
+    seps_between = 2
+    second_type = 0
+    more_special = ("<unk>",)  # beside [UNK], which is the one it uses
+
+
 class ByteLevelBPE(Tokenizer):
     """RoBERTa's: split the text, spaces kept; write each word as bytes; join learned neighbours."""
-
-    second_type = 0
 
     def __init__(self, vocab, merges, add_prefix_space=False, **special):
         patterns = {name: re.escape(token) for name, token in special.items()}
         patterns["mask"] = r"\s*" + patterns["mask"]  # <mask> takes the spaces before it along
-        super().__init__(vocab, patterns.values(), seps_between=2, **special)
+        super().__init__(vocab, patterns.values(), **special)
         self.rank = {pair: i for i, pair in enumerate(merges)}
         self.add_prefix_space = add_prefix_space
 
@@ -255,10 +264,14 @@ def load(path):
 def read_wordpiece(path, settings):
     lines = (path / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
     vocab = {token.rstrip("\r"): i for i, token in enumerate(lines)}
-    special = special_tokens(
-        settings, unk="[UNK]", cls="[CLS]", sep="[SEP]", pad="[PAD]", mask="[MASK]")
-    return WordPiece(vocab, settings.get("do_lower_case", True), settings.get("strip_accents"),
-                     settings.get("tokenize_chinese_chars", True), **special)
+    is_mpnet = "<s>" in vocab and "</s>" in vocab
+    if is_mpnet:
+        names = {"unk": "[UNK]", "cls": "<s>", "sep": "</s>", "pad": "<pad>", "mask": "<mask>"}
+    else:
+        names = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
+    child = MPNetWordPiece if is_mpnet else WordPiece
+    return child(vocab, settings.get("do_lower_case", True), settings.get("strip_accents"),
+                 settings.get("tokenize_chinese_chars", True), **special_tokens(settings, names))
 
 
 def read_bpe(path, settings):
@@ -266,12 +279,12 @@ def read_bpe(path, settings):
     lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split(" ")) for line in lines
               if line and not line.startswith("#version")]
-    special = special_tokens(
-        settings, unk="<unk>", cls="<s>", sep="</s>", pad="<pad>", mask="<mask>")
+    names = {"unk": "<unk>", "cls": "<s>", "sep": "</s>", "pad": "<pad>", "mask": "<mask>"}
+    special = special_tokens(settings, names)
     return ByteLevelBPE(vocab, merges, settings.get("add_prefix_space", False), **special)
 
 
-def special_tokens(settings, **defaults):
+def special_tokens(settings, defaults):
     """{"unk": "[UNK]", ...}, as the folder's settings have them or else the defaults."""
     chosen = {}
     for name, default in defaults.items():

@@ -1,4 +1,4 @@
-"""What several test files use: small pretrained folders in Hugging Face's layout, written by the tests themselves."""
+"""What several test files use: small pretrained folders in Hugging Face's layout."""
 
 import json
 import sys
@@ -10,41 +10,67 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-# Hugging Face's names and shapes of a model of 2 layers, d = 8, written down from the transformers library.
-HF_LAYER = {"attention.self.query.weight": (8, 8), "attention.self.query.bias": (8,), "attention.self.key.weight": (8, 8),
-            "attention.self.key.bias": (8,), "attention.self.value.weight": (8, 8), "attention.self.value.bias": (8,),
-            "attention.output.dense.weight": (8, 8), "attention.output.dense.bias": (8,), "attention.output.LayerNorm.weight": (8,),
-            "attention.output.LayerNorm.bias": (8,), "intermediate.dense.weight": (12, 8), "intermediate.dense.bias": (12,),
-            "output.dense.weight": (8, 12), "output.dense.bias": (8,), "output.LayerNorm.weight": (8,), "output.LayerNorm.bias": (8,)}
-WORDS = "[PAD] [UNK] [CLS] [SEP] [MASK] the a cat dog bird sees sleeps not warm cold ##s ##ing . , \" '".split()
+# Hugging Face's names and shapes of a model of 2 layers, d = 8, written down from transformers.
+SQUARE = {
+    "bert": ("attention.self.query", "attention.self.key", "attention.self.value",
+             "attention.output.dense"),
+    "mpnet": ("attention.attn.q", "attention.attn.k", "attention.attn.v", "attention.attn.o"),
+}
+NORMS = {
+    "bert": ("attention.output.LayerNorm", "output.LayerNorm"),
+    "mpnet": ("attention.LayerNorm", "output.LayerNorm"),
+}
+SQUARE["roberta"], NORMS["roberta"] = SQUARE["bert"], NORMS["bert"]
+POSITIONS = {"bert": 16, "roberta": 18, "mpnet": 18}
+WORDS = ("[PAD] [UNK] [CLS] [SEP] [MASK] the a cat dog bird sees sleeps not warm cold ##s ##ing "
+         ". , \" '").split()
 
 
-def hf_state(model_type, classifier):
-    """Weights anyone can make again: sines of a squared counter, scaled."""
-    positions = {"bert": 16, "roberta": 18}[model_type]
-    shapes = {"embeddings.word_embeddings.weight": (len(WORDS), 8), "embeddings.position_embeddings.weight": (positions, 8),
-              "embeddings.token_type_embeddings.weight": (2, 8), "embeddings.LayerNorm.weight": (8,), "embeddings.LayerNorm.bias": (8,)}
-    shapes |= {f"encoder.layer.{i}.{name}": shape for i in range(2) for name, shape in HF_LAYER.items()}
-    shapes = {f"{model_type}.{name}": shape for name, shape in shapes.items()}
-    shapes |= {"bert": {"bert.pooler.dense.weight": (8, 8), "bert.pooler.dense.bias": (8,)},
-               "roberta": {"classifier.dense.weight": (8, 8), "classifier.dense.bias": (8,)}}[model_type]
+def hf_shapes(kind, classifier):
+    norm = lambda name: {f"{name}.weight": (8,), f"{name}.bias": (8,)}
+    linear = lambda name, d_out, d_in: {f"{name}.weight": (d_out, d_in), f"{name}.bias": (d_out,)}
+    layer = {}
+    for name in SQUARE[kind]:
+        layer |= linear(name, 8, 8)
+    layer |= norm(NORMS[kind][0])
+    layer |= linear("intermediate.dense", 12, 8) | linear("output.dense", 8, 12)
+    layer |= norm(NORMS[kind][1])
+    shapes = {"embeddings.word_embeddings.weight": (len(WORDS), 8),
+              "embeddings.position_embeddings.weight": (POSITIONS[kind], 8)}
+    if kind != "mpnet":
+        shapes["embeddings.token_type_embeddings.weight"] = (2, 8)
+    shapes |= norm("embeddings.LayerNorm")
+    shapes |= {f"encoder.layer.{i}.{name}": shape for i in range(2) for name, shape in layer.items()}
+    if kind == "mpnet":
+        shapes["encoder.relative_attention_bias.weight"] = (32, 2)
+    shapes = {f"{kind}.{name}": shape for name, shape in shapes.items()}
+    shapes |= linear("bert.pooler.dense" if kind == "bert" else "classifier.dense", 8, 8)
     if classifier:
-        prefix = {"bert": "classifier", "roberta": "classifier.out_proj"}[model_type]
-        shapes |= {f"{prefix}.weight": (classifier, 8), f"{prefix}.bias": (classifier,)}
+        out = "classifier" if kind == "bert" else "classifier.out_proj"
+        shapes |= linear(out, classifier, 8)
+    return shapes
+
+
+def hf_state(kind, classifier):
+    """Weights anyone can make again: sines of a squared counter, scaled."""
     state, start = {}, 0
-    for name, shape in shapes.items():
+    for name, shape in hf_shapes(kind, classifier).items():
         n = torch.Size(shape).numel()
-        wave = torch.sin(torch.arange(start, start + n, dtype=torch.float64) ** 2) * (0.5 if len(shape) > 1 else 0.1)
-        state[name] = (wave + name.endswith("LayerNorm.weight")).float().view(shape)
+        wave = torch.sin(torch.arange(start, start + n, dtype=torch.float64) ** 2)
+        wave = wave * (0.5 if len(shape) > 1 else 0.1) + name.endswith("LayerNorm.weight")
+        state[name] = wave.float().view(shape)
         start += n
     return state
 
 
 def hf_config(kind, **changes):
-    return {"model_type": kind, "vocab_size": len(WORDS), "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
-            "intermediate_size": 12, "max_position_embeddings": {"bert": 16, "roberta": 18}[kind], "type_vocab_size": 2,
-            "pad_token_id": {"bert": 0, "roberta": 1}[kind], "layer_norm_eps": {"bert": 1e-12, "roberta": 1e-5}[kind],
-            "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1} | changes
+    is_bert = kind == "bert"
+    return {"model_type": kind, "vocab_size": len(WORDS), "hidden_size": 8, "num_hidden_layers": 2,
+            "num_attention_heads": 2, "intermediate_size": 12,
+            "max_position_embeddings": POSITIONS[kind], "type_vocab_size": 2,
+            "pad_token_id": 0 if is_bert else 1, "layer_norm_eps": 1e-12 if is_bert else 1e-5,
+            "hidden_act": "gelu", "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+            } | changes
 
 
 def write_encoder(folder, kind="bert", state=None, **changes):

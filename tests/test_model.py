@@ -7,10 +7,14 @@ import pytest
 import torch
 from conftest import hf_state, write_encoder
 
-from model import Config, Dropout, Transformer, read_safetensors
+from model import Config, Dropout, Transformer, read_safetensors, relative_buckets
 
-# transformers.BertForSequenceClassification and RobertaForSequenceClassification, on conftest's weights
-LOGITS = {"bert": [[0.260298, -0.920873], [0.915708, -0.847392]], "roberta": [[-0.220207, -1.34343], [-0.161204, -1.503876]]}
+# transformers' BertForSequenceClassification, Roberta... and MPNet..., on conftest's weights
+LOGITS = {
+    "bert": [[0.260298, -0.920873], [0.915708, -0.847392]],
+    "roberta": [[-0.220207, -1.34343], [-0.161204, -1.503876]],
+    "mpnet": [[0.01159, -0.370819], [0.334978, -0.811706]],
+}
 
 
 def padded_batch(pad):
@@ -30,18 +34,30 @@ def safetensors(state, dtype, name):
     return struct.pack("<Q", len(text)) + text + body
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("model_type", LOGITS)
 def test_logits_are_transformers_own_with_padding_in_the_batch(tmp_path, model_type):
     model = Transformer.from_pretrained(write_encoder(tmp_path / "m", model_type), n_out=2).eval()
     logits = model(*padded_batch(pad=model.config.pad_token_id))
     assert torch.allclose(logits, torch.tensor(LOGITS[model_type]), atol=2e-6)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("model_type", LOGITS)
 def test_logits_in_training_are_the_same_where_dropout_drops_nothing(tmp_path, model_type):
     folder = write_encoder(tmp_path / "m", model_type, hidden_dropout_prob=1e-12, attention_probs_dropout_prob=1e-12)
-    model = Transformer.from_pretrained(folder, n_out=2).train()      # on a CPU this takes attention's other branch
-    assert torch.allclose(model(*padded_batch(pad=model.config.pad_token_id)), torch.tensor(LOGITS[model_type]), atol=2e-6)
+    model = Transformer.from_pretrained(folder, n_out=2).train()
+    logits = model(*padded_batch(pad=model.config.pad_token_id))
+    assert torch.allclose(logits, torch.tensor(LOGITS[model_type]), atol=2e-6)
+
+
+def test_mpnets_buckets_are_t5s():
+    # transformers' T5Attention._relative_position_bucket(bidirectional=True, 32, 128)
+    buckets = {-500: 15, -128: 15, -100: 15, -64: 14, -33: 12, -32: 12, -16: 10, -12: 9, -11: 8, -8: 8,
+               -7: 7, -1: 1, 0: 0, 1: 17, 7: 23, 8: 24, 11: 24, 12: 25, 15: 25, 16: 26, 31: 27, 32: 28,
+               64: 30, 127: 31, 128: 31, 300: 31}
+    table = relative_buckets(600)
+    for offset, bucket in buckets.items():
+        query = max(0, -offset)
+        assert table[query, query + offset] == bucket
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -57,14 +73,16 @@ def test_dropout_drops_a_share_p_and_scales_the_rest_in_values_and_gradients(dty
     assert Dropout(0.0)(x) is x and Dropout(0.1).eval()(x) is x
 
 
-def test_the_first_tokens_state_is_the_same_without_computing_the_others(bert_folder):
-    model = Transformer.from_pretrained(bert_folder).eval()
-    every, first = (model.encode(*padded_batch(pad=0), first_only=only) for only in (False, True))
+@pytest.mark.parametrize("model_type", LOGITS)
+def test_the_first_tokens_state_is_the_same_without_computing_the_others(tmp_path, model_type):
+    model = Transformer.from_pretrained(write_encoder(tmp_path / "m", model_type)).eval()
+    batch = padded_batch(pad=model.config.pad_token_id)
+    every, first = (model.encode(*batch, first_only=only) for only in (False, True))
     assert every.shape == (2, 8, 8) and first.shape == (2, 1, 8)
     assert torch.allclose(first, every[:, :1], atol=1e-6)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("model_type", LOGITS)
 @pytest.mark.parametrize("dtype, name, tolerance", [(torch.float32, "F32", 2e-6), (torch.float16, "F16", 2e-3), (torch.bfloat16, "BF16", 2e-2)])
 def test_safetensors_of_each_precision_load_with_extra_keys_and_without_prefix(tmp_path, model_type, dtype, name, tolerance):
     folder = write_encoder(tmp_path / "m", model_type)
@@ -85,7 +103,7 @@ def test_the_first_berts_gamma_and_beta_are_weight_and_bias(tmp_path):
     assert torch.allclose(model(*padded_batch(0)), torch.tensor(LOGITS["bert"]), atol=2e-6)
 
 
-@pytest.mark.parametrize("model_type", ["bert", "roberta"])
+@pytest.mark.parametrize("model_type", LOGITS)
 @pytest.mark.parametrize("classifier, n_out", [(0, 2), (3, 2), (2, 1)])
 def test_a_head_that_is_absent_or_has_other_classes_is_drawn_anew(tmp_path, model_type, classifier, n_out):
     folder = write_encoder(tmp_path / "m", model_type, state=hf_state(model_type, classifier))
@@ -94,8 +112,9 @@ def test_a_head_that_is_absent_or_has_other_classes_is_drawn_anew(tmp_path, mode
     assert torch.equal(model.head.out.bias, torch.zeros(n_out))
 
 
-def test_what_is_saved_reads_back_the_same(tmp_path):
-    model = Transformer(Config(model_type="roberta", vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+@pytest.mark.parametrize("model_type", LOGITS)
+def test_what_is_saved_reads_back_the_same(tmp_path, model_type):
+    model = Transformer(Config(model_type=model_type, vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
                                intermediate_size=16, max_position_embeddings=20, pad_token_id=1, n_out=3))
     model.save_pretrained(tmp_path)
     again = Transformer.from_pretrained(tmp_path, n_out=3)
@@ -118,7 +137,7 @@ def without(key):
 
 
 @pytest.mark.parametrize("changes, state, words", [
-    ({"model_type": "gpt2"}, None, "config.json: model_type is 'gpt2', not bert or roberta"),
+    ({"model_type": "gpt2"}, None, "config.json: model_type is 'gpt2', not bert or roberta or mpnet"),
     ({"hidden_act": "relu"}, None, "config.json: hidden_act is 'relu'"),
     ({"position_embedding_type": "relative_key"}, None, "position_embedding_type is 'relative_key'"),
     ({"num_attention_heads": 3}, None, "hidden_size 8.*num_attention_heads 3"),

@@ -84,6 +84,17 @@ def test_byte_level_bpe_is_huggingfaces(bpe, text, pair, max_len, ids):
     assert bpe.encode(text, pair, max_len) == (ids, [0] * len(ids))
 
 
+@pytest.mark.parametrize("text, pair, max_len, ids", [
+    ("The cats.", None, 128, [0, 5, 7, 9, 10, 2]),
+    ("the cat", "a dog, a bird", 128, [0, 5, 7, 2, 2, 6, 8, 11, 6, 4, 2]),
+    ("the cat the cat", "a dog a dog", 10, [0, 5, 7, 5, 2, 2, 6, 8, 6, 2]),
+])
+def test_mpnets_wordpiece_is_huggingfaces(tmp_path, text, pair, max_len, ids):
+    vocabulary = "<s> <pad> </s> <unk> [UNK] the a cat dog ##s . , <mask>".split()
+    (tmp_path / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    assert tokenizer.load(tmp_path).encode(text, pair, max_len) == (ids, [0] * len(ids))
+
+
 def test_the_special_tokens_ids_come_from_the_files(wordpiece, tmp_path):
     (tmp_path / "vocab.txt").write_text("\n".join(["<go>", "cat", "[UNK]", "[SEP]", "[MASK]", "[PAD]"]))
     tok = wordpiece(cls_token={"content": "<go>"})
