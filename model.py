@@ -233,8 +233,10 @@ class Transformer(nn.Module):
             mask = mask[:, None, None, :]  # (B, 1, 1, T)
         if self.config.model_type == "mpnet":
             T = input_ids.shape[1]
-            bias = self.relative_bias(self.buckets[:T, :T]).permute(2, 0, 1)[None]
-            mask = bias if mask is None else mask + bias  # (B or 1, nh, T, T)
+            bias = self.relative_bias(self.buckets[:T, :T])  # (T, T, nh)
+            # Contiguous, as attention's fast kernels on a GPU want it.
+            bias = bias.permute(2, 0, 1).contiguous()[None]
+            mask = bias if mask is None else mask + bias  # (1 or B, nh, T, T)
         for layer in self.layers:
             x = layer(x, mask, first_only and layer is self.layers[-1])
         return x

@@ -67,7 +67,7 @@ def measured_peak(device):
 
 
 def options(**changes):
-    return SimpleNamespace(**dict(method="lora", targets=["query", "value"], rank=8, alpha=8.0, lr=1e-3, weight_decay=0.01, grad_clip=1.0, no_graphs=False,
+    return SimpleNamespace(**dict(model_type="roberta", method="lora", targets=["query", "value"], rank=8, alpha=8.0, lr=1e-3, weight_decay=0.01, grad_clip=1.0, no_graphs=False,
                                   compile=False, dtype="bfloat16", batch_size=16, max_len=128) | changes)
 
 
@@ -82,7 +82,7 @@ class Anything:
 
 def our_step(args, device, n):
     torch.manual_seed(0)
-    model = Transformer(Config(model_type="roberta", **BASE))
+    model = Transformer(Config(model_type=args.model_type, **BASE))
     if args.method != "head":
         adapt(model, args.method, args.targets, args.rank, args.alpha)
     model.head.requires_grad_(True)
@@ -152,6 +152,7 @@ def bench_step(args, device, results):
         for kind, settings in {"plain loop": dict(no_graphs=True), "CUDA graph": {}, **({"CUDA graph, compiled": dict(compile=True)} if args.compile else {})}.items():
             groups.append({f"train.py {method}, {kind}": lambda method=method, settings=settings: our_step(options(method=method, **settings), device, n)
                            for method in ("lora", "condlora")})
+            groups[-1][f"train.py lora on MPNet, {kind}"] = lambda settings=settings: our_step(options(model_type="mpnet", **settings), device, n)
         first = None
         for group in groups:
             steps, memory = [], []
