@@ -100,6 +100,10 @@ def train(model, forward, data, metrics, args, checkpoint):
         if args.patience and epoch - best["epoch"] >= args.patience:
             break
     bar.close()
+    constant = constant_loss(split.labels)
+    if IS_MASTER and history[-1]["loss"] > 0.98 * constant:
+        print(f"the last training loss, {history[-1]['loss']:.3f}, is no better than a constant "
+              f"answer's, {constant:.3f}: try --lr lower than {args.lr:g}")
 
 
 class Step:
@@ -143,6 +147,15 @@ def summed_loss(logits, labels):
     if logits.shape[1] == 1:
         return F.mse_loss(logits[:, 0].float(), labels, reduction="sum")
     return F.cross_entropy(logits.float(), labels, reduction="sum")
+
+
+def constant_loss(labels):
+    """The mean loss of the best answer that is the same for every input."""
+    labels = labels.cpu()
+    if labels.is_floating_point():
+        return labels.var(correction=0).item()
+    share = labels.bincount() / len(labels)
+    return torch.special.entr(share).sum().item()
 
 
 def schedule(step, steps, warmup):

@@ -193,6 +193,9 @@ def test_amplification_is_the_lora_papers(checkpoint, capsys, bert_folder):
     assert row["delta"] == pytest.approx(np.linalg.norm(delta)) and row["W0"] == pytest.approx(np.linalg.norm(W0))
     assert row["kept"] == pytest.approx(np.linalg.norm(U[:, :3].T @ W0 @ Vh[:3].T))
     assert row["factor"] == pytest.approx(row["delta"] / row["kept"])
+    # Of W0's 8 x 8 directions random ones keep 3 x 3 on average.
+    assert row["random"] == pytest.approx(3 / 8 * row["W0"], rel=0.25)
+    assert row["random_factor"] == pytest.approx(row["delta"] / row["random"])
 
 
 @pytest.mark.parametrize("method", ["lora", "condlora"])
@@ -244,6 +247,11 @@ def test_two_checkpoints_compare_in_either_order(checkpoint, capsys):
     by_hand = [subspace_similarity(torch.linalg.solve(encoder[f"bert.encoder.layer.{l}.attention.self.query.weight"].double(),
                                                       weights[f"layers.{l}.attention.query.A"].T.double()), theta.T, 3, 3) for l in range(2)]
     assert found[0]["C_A"]["phi"] == pytest.approx(np.mean(by_hand))
+    W0 = [encoder[f"bert.encoder.layer.{l}.attention.self.query.weight"].double() for l in range(2)]
+    theta_B = torch.load(condlora, weights_only=True)["weights"]["condlora.query_8x8.theta_B"]
+    by_hand = [subspace_similarity(weights[f"layers.{l}.attention.query.B"].double(), W0[l] @ theta_B.T.double(), 3, 3)
+               for l in range(2)]
+    assert found[0]["B"]["phi"] == pytest.approx(np.mean(by_hand))
 
 
 def test_rectangular_targets_are_marked_as_least_squares(checkpoint, capsys):

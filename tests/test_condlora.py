@@ -172,6 +172,7 @@ def test_merge_keeps_the_output_and_unmerge_gives_every_weight_back(method, dtyp
     before = {name: p.clone() for name, p in model.state_dict().items()}
     expected = model(IDS)
     merge(merge(model))  # merging what is merged changes nothing
+    assert model.state_dict().keys() == before.keys()  # W0 + dW is no part of it
     assert torch.allclose(model(IDS), expected, atol=tolerance)
     # No adapter arithmetic is left: the factors may be anything.
     merged, kept = model(IDS), [p.clone() for p in adapter_parameters(model)]
@@ -220,11 +221,28 @@ def test_to_lora_keeps_the_output_and_unties_the_layers(merged):
     model = trained(adapt(encoder(), targets=("query", "fc2")))
     expected, delta = model(IDS), model.layers[2].fc2.delta()
     to_lora(merge(model) if merged else model)
+    assert all((layer.merged is not None) == merged for layer in adapted_layers(model))
     assert not any(isinstance(m, CondLoRALinear) for m in model.modules()) and not hasattr(model, "condlora")
     assert torch.allclose(unmerge(model)(IDS), expected, atol=1e-6)
     assert torch.equal(model.layers[2].fc2.delta(), delta)
     parameters = adapter_parameters(model)
     assert len(parameters) == 3 * 2 * 2 and all(p.requires_grad for p in parameters)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_an_adapted_layer_is_in_the_mode_of_the_layer_it_replaces(mode):
+    model = adapt(encoder().train(mode), "condlora")
+    for change in (lambda model: model, to_lora, merge_and_unload):
+        layers = [layer.attention.query for layer in change(model).layers]
+        assert {layer.training for layer in layers} == {mode}
+
+
+def test_a_subclass_of_nn_linear_is_left_alone():
+    class Special(nn.Linear):
+        pass
+    model = adapt(nn.ModuleDict({"a": nn.ModuleDict({"query": Special(4, 4)}),
+                                 "b": nn.ModuleDict({"query": nn.Linear(4, 4)})}), "lora", "query", rank=2)
+    assert type(model["a"]["query"]) is Special and isinstance(model["b"]["query"], LoRALinear)
 
 
 def test_a_layer_under_two_names_is_adapted_under_both():

@@ -160,9 +160,17 @@ def test_a_stopped_run_keeps_its_last_epoch_and_resumes_to_the_same_result(littl
     assert all(torch.equal(whole["last"][name], part["last"][name]) for name in whole["last"])
 
 
+def test_a_run_that_ends_at_a_constant_answer_says_so(little, capsys):
+    """sst2's labels here are half and half: a constant answer's loss is log 2."""
+    out = "\n".join(run([*little, "--method", "head", "--lr", "1e-9"], capsys)[1])
+    assert "no better than a constant answer's, 0.69" in out and "--lr" in out
+    out = "\n".join(run([*little, "--method", "full", "--lr", "1e-2", "--epochs", 6], capsys)[1])
+    assert "constant answer" not in out
+
+
 def test_patience_ends_a_run_that_gets_no_better(little, capsys):
     _, lines = run([*little, "--method", "head", "--lr", "1e-9", "--epochs", "9", "--patience", "2"], capsys)
-    assert [line.split()[1] for line in lines] == ["1", "2", "3"]
+    assert [line.split()[1] for line in lines if line.startswith("epoch")] == ["1", "2", "3"]
 
 
 def test_every_row_is_seen_once_an_epoch_beside_rows_of_its_length():
@@ -246,7 +254,9 @@ def no_dropout(bert_folder):
 
 
 def by_hand(folder, splits, method, epochs, batch_size, lr, clip, decay, warmup, order):
-    """AdamW, clipping and the schedule written out, on the formulas' own adapter; returns it."""
+    """AdamW, clipping and the schedule written out, on the formulas' own adapter.
+
+    Returns the trained weights and each epoch's mean loss."""
     rank = 2
     model, tok = Transformer.from_pretrained(folder).train(), tokenizer.load(folder)
     torch.manual_seed(0)
@@ -254,7 +264,9 @@ def by_hand(folder, splits, method, epochs, batch_size, lr, clip, decay, warmup,
     weights = {name: p.detach().double() for name, p in model.named_parameters() if p.requires_grad}
     m, v = ({name: torch.zeros_like(w) for name, w in weights.items()} for _ in range(2))
     steps, t = epochs * -(-len(splits.labels) // batch_size), 0
+    means = []
     for epoch in range(1, epochs + 1):
+        means.append(0)
         for rows in order(epoch):
             losses = []
             for i in rows:
@@ -263,6 +275,7 @@ def by_hand(folder, splits, method, epochs, batch_size, lr, clip, decay, warmup,
                 losses.append(-logits.log_softmax(1)[0, splits.labels[i]])
             model.zero_grad()
             torch.stack(losses).mean().backward()
+            means[-1] += torch.stack(losses).sum().item() / len(splits.labels)
             gradients = {name: p.grad.double() for name, p in model.named_parameters() if p.requires_grad}
             norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
             factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
@@ -279,7 +292,7 @@ def by_hand(folder, splits, method, epochs, batch_size, lr, clip, decay, warmup,
                 for name, p in model.named_parameters():
                     if p.requires_grad:
                         p.copy_(weights[name])
-    return weights
+    return weights, means
 
 
 @pytest.mark.parametrize("method", ["lora", "condlora"])
@@ -287,11 +300,13 @@ def by_hand(folder, splits, method, epochs, batch_size, lr, clip, decay, warmup,
 def test_training_is_adamw_with_clipping_decay_and_schedule_as_written_out(little, capsys, tmp_path, bert_folder, method, clip):
     no_dropout(bert_folder)
     run([*little, "--method", method, "--grad_clip", clip, "--weight_decay", 0.3, "--warmup", 0.3], capsys)
-    last = torch.load("ckpt.pt", weights_only=True)["last"]
+    checkpoint = torch.load("ckpt.pt", weights_only=True)
+    last = checkpoint["last"]
     split = glue.load("sst2", tmp_path / "glue")["train"]
     tok = tokenizer.load(bert_folder)
     lengths = np.array([len(tok.encode(*text)[0]) for text in split.texts])
-    expected = by_hand(bert_folder, split, method, 2, 16, 0.01, clip, 0.3, 0.3, lambda epoch: shuffled(lengths, 16, [0, epoch]))
+    expected, losses = by_hand(bert_folder, split, method, 2, 16, 0.01, clip, 0.3, 0.3, lambda epoch: shuffled(lengths, 16, [0, epoch]))
+    assert [epoch["loss"] for epoch in checkpoint["history"]] == pytest.approx(losses, abs=1e-4)
     assert last.keys() == expected.keys()
     for name, weight in expected.items():
         assert torch.allclose(last[name].double(), weight, atol=2e-4), name
@@ -306,6 +321,15 @@ def test_frozen_weights_do_not_move(little, capsys, monkeypatch, bert_folder, me
     encoder = [name for name in fresh if not name.startswith("head.")]
     assert all(torch.equal(models[0].state_dict()[name], fresh[name]) for name in encoder)
     assert not torch.equal(models[0].head.out.weight, fresh["head.out.weight"])
+
+
+def test_in_bfloat16_what_trains_and_w0_stay_float32(bert_folder):
+    args = Namespace(method="condlora", targets="query", rank=2, alpha=8.0, dtype="bfloat16", compile=False)
+    model = train.build(args, bert_folder, 2)
+    train.fast_forward(model, args, torch.device("cpu"))
+    wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
+    W0 = {f"layers.{l}.attention.query.weight" for l in range(2)}
+    assert wide == W0 | {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("method", ["lora", "condlora"])
