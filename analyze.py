@@ -459,10 +459,13 @@ def print_tables(result, method, compared_file):
               for name, row in flat(result["theta"])])
     what = "conversion matrices" if method == "lora" else "A and B, made by one theta"
     print(f"{what}: mean phi over pairs of layers")
-    show(["", "trained", "control (untrained)", "distance", "A, B themselves", "random"],
-         [[name, f"{row['trained']:.4f}", plus_minus(row["control"]),
-           f"{row['distance']:+.1f} sd", f"{row['raw']:.4f}", plus_minus(row["random"])]
-          for name, row in flat(result["likeness"])])
+    rows = [["", "trained", "control (untrained)", "distance", "random", "A, B themselves"]]
+    for name, row in flat(result["likeness"]):
+        rows.append([name, f"{row['trained']:.4f}", plus_minus(row["control"]),
+                     f"{row['distance']:+.1f} sd", plus_minus(row["random"]), f"{row['raw']:.4f}"])
+    if method == "condlora":  # there the last column is the first
+        rows = [row[:-1] for row in rows]
+    show(rows[0], rows[1:])
     print(verdict(result["likeness"]) + "\n")
     print("dW beside W0, which it changes")
     columns = ("delta", "W0", "kept", "factor", "random", "random_factor")
@@ -475,9 +478,10 @@ def verdict(table):
     """What training adds to the likeness, in a sentence."""
     beyond = [name for name, row in flat(table) if row["distance"] > 3]
     if not beyond:
-        return "Nowhere more alike than untrained ones by 3 deviations: the likeness is W0's."
+        return ("Nowhere more alike than untrained ones by 3 deviations: "
+                "what likeness there is comes from W0.")
     return (f"More alike than untrained ones by more than 3 deviations: {', '.join(beyond)}. "
-            f"The rest of the likeness is W0's.")
+            f"The rest of the likeness comes from W0.")
 
 
 def flat(table):

@@ -263,7 +263,7 @@ def test_rectangular_targets_are_marked_as_least_squares(checkpoint, capsys):
 
 
 def test_the_verdict_names_what_is_beyond_the_control():
-    assert "the likeness is W0's" in analyze.verdict({"value": {"A": {"distance": 2.9}}})
+    assert "Nowhere more alike" in analyze.verdict({"value": {"A": {"distance": 2.9}}})
     text = analyze.verdict({"value": {"A": {"distance": 3.1}, "B": {"distance": -4}}})
     assert "value A" in text and "value B" not in text
 
