@@ -406,7 +406,8 @@ def read(file, init_from, device):
                                 f"say where it is with --init_from")
     checkpoints.check_encoder(folder, checkpoint, file)
     model = Transformer.from_pretrained(folder, checkpoint["config"]["n_out"])
-    adapt(model, settings["method"], settings["targets"], settings["rank"], settings["alpha"])
+    adapt(model, settings["method"], settings["targets"], settings["rank"], settings["alpha"],
+          exclude=("head",))
     model.load_state_dict(checkpoint["weights"], strict=False)
     model.double().to(device)
     names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
@@ -416,7 +417,7 @@ def read(file, init_from, device):
         thetas = (conversion.theta_A, conversion.theta_B) if conversion else (None, None)
         entry = Layer(layer.weight, *layer.factors(), layer.scale, *thetas, solver(layer.weight))
         targets.setdefault(names[layer], []).append(entry)
-    if len(next(iter(targets.values()))) < 2:
+    if min(map(len, targets.values())) < 2:
         raise ValueError(f"{file} has one adapted layer a target: there are no pairs to compare")
     return targets, checkpoint
 

@@ -99,27 +99,30 @@ class CondLoRALinear(AdaptedLinear):
         return self.conversion(self.weight)
 
 
-def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.0):
-    """Freeze `model` and adapt, in place, each nn.Linear whose last name is in `targets`.
+def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.0, exclude=()):
+    """Freeze `model` and adapt, in place, each nn.Linear whose name ends with one of `targets`.
 
-    method  "lora" or "condlora". CondLoRA's conversions, one for each target name and shape of
-            weight, become `model.condlora`, so that a state dict holds each theta once.
-    targets a name or several: "query" finds "layers.0.attention.query" and its like.
+    method  "lora" or "condlora". CondLoRA's conversions, one for each target and shape of weight,
+            become `model.condlora`, so that a state dict holds each theta once.
+    targets one name or several, of one part or more: "query" finds "layers.0.attention.query" and
+            its like, "attention.out" only those of attention.
     rank    from 1 to min(d_in, d_out); alpha: dW is scaled by alpha / rank.
+    exclude names of modules, such as "head", in which nothing is adapted.
 
     Returns the model; the caller unfreezes what else shall train (its head). Adapters are float32.
     Raises ValueError, with the model untouched, where it is adapted already, a target names no
     nn.Linear, or the rank or the method does not fit.
     """
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
-    linears = find_linears(model, method, targets, rank)
+    linears = find_linears(model, method, targets, rank, exclude)
     model.requires_grad_(False)
     conversions, adapted = nn.ModuleDict(), {}
     for name, linear in linears.items():
         if method == "lora":
             adapted[linear] = LoRALinear(linear.weight, linear.bias, rank, alpha)
         else:
-            key = f"{last_name(name)}_{linear.out_features}x{linear.in_features}"
+            key = f"{target_of(name, targets)}_{linear.out_features}x{linear.in_features}"
+            key = key.replace(".", "_")  # which no module's name may contain
             if key not in conversions:
                 conversions[key] = Conversion(linear.weight, rank)
             adapted[linear] = CondLoRALinear(
@@ -130,7 +133,7 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
     return model
 
 
-def find_linears(model, method, targets, rank):
+def find_linears(model, method, targets, rank, exclude):
     """{name: nn.Linear} of what `adapt` shall adapt. Raises ValueError where a request is wrong."""
     if method not in ("lora", "condlora"):
         raise ValueError(f"method is {method!r}: use 'lora' or 'condlora'")
@@ -140,13 +143,13 @@ def find_linears(model, method, targets, rank):
         raise ValueError("targets is empty: name the linear layers to adapt")
     # Not nn.Linear's subclasses: what they add (quantised weights, say) would be lost.
     linears = {name: module for name, module in model.named_modules()
-               if type(module) is nn.Linear and name}
-    known = sorted({last_name(name) for name in linears})
+               if type(module) is nn.Linear and name
+               and not any(f"{name}.".startswith(f"{outer}.") for outer in exclude)}
     for target in targets:
-        if target not in known:
-            known = ", ".join(known) or "none"
+        if not any(target_of(name, (target,)) for name in linears):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
             raise ValueError(f"no nn.Linear is named {target!r}: the model has {known}")
-    linears = {name: linear for name, linear in linears.items() if last_name(name) in targets}
+    linears = {name: linear for name, linear in linears.items() if target_of(name, targets)}
     for name, linear in linears.items():
         most = min(linear.weight.shape)
         if not (isinstance(rank, int) and 1 <= rank <= most):
@@ -220,5 +223,6 @@ def replace(model, new):
     return model
 
 
-def last_name(name):
-    return name.rpartition(".")[2]
+def target_of(name, targets):
+    """The first of `targets` whose parts are the last of `name`, or None."""
+    return next((target for target in targets if f".{name}".endswith(f".{target}")), None)

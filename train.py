@@ -225,7 +225,7 @@ def build(args, folder, n_out):
     """The encoder, adapted; what shall train requires a gradient, nothing else does."""
     model = Transformer.from_pretrained(folder, n_out)
     if args.method in ("condlora", "lora"):
-        adapt(model, args.method, args.targets, args.rank, args.alpha)
+        adapt(model, args.method, args.targets, args.rank, args.alpha, exclude=("head",))
     elif args.method == "head":
         model.requires_grad_(False)
     model.head.requires_grad_(True)
