@@ -113,7 +113,11 @@ def run_stages(args):
         if not rows:
             writer.writeheader()
         for done in as_completed([pool.submit(do, run, args) for run in runs]):
-            row = done.result()
+            try:
+                row = done.result()
+            except RuntimeError as error:  # the others go on
+                print(error, flush=True)
+                continue
             writer.writerow(row)
             file.flush()
             print(" ".join(str(row[name]) for name in SETTINGS + RESULTS[:-1]), flush=True)
