@@ -130,7 +130,7 @@ class Matrices(NamedTuple):
     right: torch.Tensor  # (L, r, d)
 
 
-def random_factors(A, B, draw):
+def untrained_factors(A, B, draw):
     """Fresh A and B of these shapes: A uniform as adapt has it, B Gaussian (zero has no span)."""
     bound = 1 / math.sqrt(A.shape[1])
     fresh_A = torch.empty(A.shape, dtype=torch.float64).uniform_(-bound, bound, generator=draw)
@@ -142,17 +142,19 @@ def trained_and_controls(layers, draw):
     """Matrices of the trained layers, and a list of the same of untrained ones, DRAWS times."""
     theta_A, theta_B = layers[0].theta_A, layers[0].theta_B
     if theta_A is None:
-        trained = conversions(layers, [(layer.A, layer.B) for layer in layers])
-        controls = [conversions(layers, [random_factors(layer.A, layer.B, draw)
-                                         for layer in layers]) for _ in range(DRAWS)]
+        trained = lora_matrices(layers, [(layer.A, layer.B) for layer in layers])
+        controls = []
+        for _ in range(DRAWS):
+            untrained = [untrained_factors(layer.A, layer.B, draw) for layer in layers]
+            controls.append(lora_matrices(layers, untrained))
     else:
-        trained = factors(layers, theta_A, theta_B)
-        controls = [factors(layers, *random_factors(theta_A, theta_B, draw))
+        trained = condlora_matrices(layers, theta_A, theta_B)
+        controls = [condlora_matrices(layers, *untrained_factors(theta_A, theta_B, draw))
                     for _ in range(DRAWS)]
     return trained, controls
 
 
-def conversions(layers, pairs):
+def lora_matrices(layers, pairs):
     """LoRA: the conversion matrices of each layer's (A, B)."""
     rows = []
     for layer, (A, B) in zip(layers, pairs):
@@ -161,7 +163,7 @@ def conversions(layers, pairs):
     return stacked(rows)
 
 
-def factors(layers, theta_A, theta_B):
+def condlora_matrices(layers, theta_A, theta_B):
     """CondLoRA: each layer's A^T and B, made from its W0 by these thetas."""
     rows = []
     for layer in layers:
@@ -274,40 +276,42 @@ def amplification(layers):
 def comparison(one, two, i, j):
     """{matrix: phi between two checkpoints' layers, mean over layers, and its baselines}.
 
-    The control of C_A and C_B is untrained ones, drawn apart; A's are right vectors, others left.
+    The control of C_A and C_B is untrained ones, drawn apart. Of A the right singular vectors are
+    compared, which are A^T's left ones; of the others the left.
     """
     draw = torch.Generator().manual_seed(2)
 
-    def mean_phi(pairs, side="left"):
-        values = [subspace_similarity(X, Y, i, j, side) for X, Y in pairs]
+    def mean_phi(pairs):
+        values = [subspace_similarity(X, Y, i, j) for X, Y in pairs]
         return sum(values) / len(values)
 
-    def conversion(layer, name, untrained=False):
-        """C_A or C_B: theta^T in CondLoRA, whose control is a fresh theta."""
-        sources = [layer.A, layer.B] if layer.theta_A is None else [layer.theta_A, layer.theta_B]
-        A, B = random_factors(*sources, draw) if untrained else sources
-        if layer.theta_A is not None:
-            return A.T if name == "A" else B.T
-        return conversion_matrices(layer.W0, A, B, layer.solve)[name]
+    def random_phi(shape):
+        drawn = torch.randn(DRAWS, len(one), 2, *shape, generator=draw, dtype=torch.float64)
+        return mean_and_deviation([mean_phi(pairs) for pairs in drawn])
 
-    layers = list(zip(one, two))
+    def control_phi(name):
+        drawn = [[(conversion(a, name, draw), conversion(b, name, draw)) for a, b in zip(one, two)]
+                 for _ in range(DRAWS)]
+        return mean_and_deviation([mean_phi(pairs) for pairs in drawn])
+
+    A = [(a.A.T, b.A.T) for a, b in zip(one, two)]
+    B = [(a.B, b.B) for a, b in zip(one, two)]
     rows = {}
-    for name, side in (("A", "right"), ("B", "left")):
-        X = getattr(one[0], name)
-        shape = X.T.shape if name == "A" else X.shape
-        gaussians = torch.randn(DRAWS, len(layers), 2, *shape, generator=draw, dtype=torch.float64)
-        random = mean_and_deviation([mean_phi(pairs) for pairs in gaussians])
-        factors = [(getattr(a, name), getattr(b, name)) for a, b in layers]
-        rows[name] = {"phi": mean_phi(factors, side), "random": random}
-        trained = [(conversion(a, name), conversion(b, name)) for a, b in layers]
-        controls = [[(conversion(a, name, True), conversion(b, name, True)) for a, b in layers]
-                    for _ in range(DRAWS)]
-        rows[f"C_{name}"] = {
-            "phi": mean_phi(trained),
-            "control": mean_and_deviation([mean_phi(pairs) for pairs in controls]),
-            "random": random,
-        }
+    for name, pairs in (("A", A), ("B", B)):
+        C = [(conversion(a, name), conversion(b, name)) for a, b in zip(one, two)]
+        rows[name] = {"phi": mean_phi(pairs), "random": random_phi(pairs[0][0].shape)}
+        rows[f"C_{name}"] = {"phi": mean_phi(C), "control": control_phi(name),
+                             "random": random_phi(C[0][0].shape)}
     return rows
+
+
+def conversion(layer, name, draw=None):
+    """C_A or C_B of a layer, theta^T in CondLoRA; of untrained A and B, or theta, with `draw`."""
+    sources = [layer.A, layer.B] if layer.theta_A is None else [layer.theta_A, layer.theta_B]
+    A, B = untrained_factors(*sources, draw) if draw else sources
+    if layer.theta_A is not None:
+        return A.T if name == "A" else B.T
+    return conversion_matrices(layer.W0, A, B, layer.solve)[name]
 
 
 # The picture -------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ CondLoRA (Kim et al. 2024, arXiv:2403.14946) makes A and B from W0 with one line
 
     A = (W0 theta_A^T)^T,    B = W0 theta_B^T
 
-and trains only theta_A and theta_B (r, d): for L layers, 1/L of LoRA's numbers.
+and trains only theta_A and theta_B, both (r, d) for a square W0: with L layers, 1/L of LoRA's
+numbers.
 """
 
 import math
@@ -34,7 +35,8 @@ class Conversion(nn.Module):
     def forward(self, W0):
         """A (r, d_in) and B (d_out, r) from W0 (d_out, d_in)."""
         W0 = W0.to(self.theta_A.dtype)
-        # The paper has square W0. Only the columns of a rectangular one give A its d_in columns.
+        # The paper's W0 is square, and A is W0 theta_A^T as it stands. A rectangular W0 has to be
+        # transposed, or A would not have d_in columns.
         square = W0.shape[0] == W0.shape[1]
         A = ((W0 if square else W0.T) @ self.theta_A.T).T
         B = W0 @ self.theta_B.T
@@ -214,12 +216,14 @@ def adapted_layers(model):
 
 
 def replace(model, new):
-    """Put new[old] wherever the module `old` stands. Conversions that a model had are dropped."""
+    """Put new[old] wherever the module `old` stands, and drop conversions, which none needs now."""
     for name, old in list(model.named_modules(remove_duplicate=False)):
         if old in new:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, new[old].train(old.training))
-    model._modules.pop("condlora", None)
+    for module in list(model.modules()):
+        if isinstance(getattr(module, "condlora", None), nn.ModuleDict):
+            del module.condlora
     return model
 
 

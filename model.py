@@ -4,9 +4,9 @@
     logits = model(input_ids, token_type_ids, attention_mask)       # (batch, n_out)
 
 BERT: Devlin et al. 2019, arXiv:1810.04805. RoBERTa: Liu et al. 2019, arXiv:1907.11692; its
-positions start elsewhere, and its classification head has another history. MPNet: Song et al. 2020,
-arXiv:2004.09297; it is RoBERTa with a relative position bias on the attention scores and without
-token types. Every other number is in config.json.
+positions start elsewhere, and its classification head has a different structure. MPNet: Song et al.
+2020, arXiv:2004.09297; it is RoBERTa with a relative position bias on the attention scores and
+without token types. Every other number is in config.json.
 
 Shapes: B sequences of T tokens, d = hidden_size, nh heads of size hs = d / nh.
 """
@@ -33,7 +33,7 @@ class Config:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
-    # RoBERTa and MPNet count the pad_token_id + 1 positions that no token uses, too.
+    # In RoBERTa and MPNet this includes pad_token_id + 1 positions that no token uses.
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     pad_token_id: int = 0
@@ -123,7 +123,7 @@ class Layer(nn.Module):
         self.dropout = Dropout(config.hidden_dropout_prob)
 
     def forward(self, x, mask, first_only=False):
-        """(B, T, d) -> (B, T, d), or with first_only the first token's (B, 1, d)."""
+        """(B, T, d) -> (B, T, d), or (B, 1, d) with first_only: the first token, for the head."""
         context = x
         if first_only:
             x = x[:, :1].contiguous()
@@ -292,8 +292,8 @@ class Transformer(nn.Module):
 
 # Hugging Face's files ----------------------------------------------------------------------------
 
-# Our names and theirs, by parts. No part contains another's replacement (the dot after
-# "attention.out" sees to that), so the order of the replacements does not matter.
+# Our names and theirs, by parts. No replacement contains a name that is replaced (the dot after
+# "attention.out" sees to that), so the order does not matter.
 NAMES = {
     "embeddings.norm": "embeddings.LayerNorm",
     "embeddings.word": "embeddings.word_embeddings",

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from condlora import adapt, adapted_layers, adapter_parameters
 from data import glue, tokenizer, toy
 from data import checkpoint as checkpoints
-from data.batches import Encoded, by_length, shuffled
+from data.batches import Encoded, by_width, shuffled
 from model import Config, Transformer
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -52,28 +52,34 @@ BATCH_SIZE = {"toy": 32, "glue": 16}
 # Training ----------------------------------------------------------------------------------------
 
 def train(model, forward, data, metrics, args, checkpoint):
-    """Train for args.epochs epochs, or those that `checkpoint` lacks; save it after each."""
+    """Train for args.epochs epochs, or those that the dict `checkpoint` lacks.
+
+    After each epoch the checkpoint is filled in and saved.
+    """
     split = data["train"]
     device, n = split.labels.device, len(split.labels)
     optimizer = make_optimizer(model, args)
     step = fastest(Step(forward, split, optimizer, args.grad_clip), args)
     history = checkpoint["history"]
+    torch.manual_seed(args.seed + PROCESS)  # of dropout
     if history:
-        checkpoints.unpack_state(checkpoint, model, optimizer, device)
-    else:
-        torch.manual_seed(args.seed + PROCESS)  # of dropout
+        checkpoints.unpack_state(checkpoint, model, optimizer)
+        if PROCESS < len(checkpoint["rng"]):
+            checkpoints.unpack_generators(checkpoint["rng"][PROCESS], device)
 
     steps_per_epoch = -(-n // args.batch_size)
     steps, number = args.epochs * steps_per_epoch, len(history) * steps_per_epoch
     bar = tqdm(total=steps, initial=number, desc=f"{args.task} {args.method}",
                disable=not IS_MASTER)
     for epoch in range(len(history) + 1, args.epochs + 1):
+        if args.patience and history and epoch - best_of(history)["epoch"] > args.patience:
+            break
         model.train()
         began, loss, seen = time.perf_counter(), torch.zeros((), device=device), 0
-        order = shuffled(split.lengths, args.batch_size, [args.seed, epoch])
+        order = shuffled(split.widths, args.batch_size, [args.seed, epoch])
         for rows, width, padded in split.batches(order):
             set_learning_rate(optimizer, args.lr * schedule(number, steps, args.warmup))
-            loss += step(rows, width, padded)
+            loss += step(rows, width, padded)  # the batch's summed loss
             number, seen = number + 1, seen + len(rows)
             bar.update()
             # Seldom: to read the loss is to wait for the device.
@@ -87,18 +93,16 @@ def train(model, forward, data, metrics, args, checkpoint):
 
         figures = evaluate(model, forward, data["validation"], metrics, args.batch_size)
         history.append({"epoch": epoch, "loss": loss, "seconds": seconds, "validation": figures})
-        best = max(history, key=lambda entry: main_figure(entry["validation"]))
-        is_best = best["epoch"] == epoch  # the first of equals
+        is_best = best_of(history)["epoch"] == epoch
         if is_best:
+            checkpoint["best_epoch"] = epoch
             checkpoint["weights"] = checkpoints.trained_weights(model)
-        checkpoint |= {"best_epoch": best["epoch"],
-                       **checkpoints.pack_state(model, optimizer, device)}
+        checkpoint["rng"] = of_all_processes(checkpoints.pack_generators(device))
+        checkpoint.update(checkpoints.pack_state(model, optimizer))
         if IS_MASTER:
             checkpoints.save(checkpoint, args.out)
             tqdm.write(f"epoch {epoch:2d}  loss {loss:.3f}  validation {text_of(figures)}"
                        + ("  best so far" if is_best else ""))
-        if args.patience and epoch - best["epoch"] >= args.patience:
-            break
     bar.close()
     constant = constant_loss(split.labels)
     if IS_MASTER and history[-1]["loss"] > 0.98 * constant:
@@ -177,7 +181,7 @@ def evaluate(model, forward, split, metrics, batch_size):
     """The metrics of a split. The processes share out its batches, 8 times the training ones."""
     model.eval()
     outputs = torch.zeros(len(split.labels), model.config.n_out, device=split.labels.device)
-    order = by_length(split.lengths, 8 * batch_size)
+    order = by_width(split.widths, 8 * batch_size)
     for rows, width, padded in split.batches(order)[PROCESS::PROCESSES]:
         inputs, _ = split.batch(rows, width, padded)
         outputs[rows] = forward(*inputs).float()
@@ -186,8 +190,9 @@ def evaluate(model, forward, split, metrics, batch_size):
     return metrics(predictions.cpu().numpy(), split.labels.cpu().numpy())
 
 
-def main_figure(figures):
-    return next(iter(figures.values()))
+def best_of(history):
+    """The epoch with the best validation figure, the first of equals."""
+    return max(history, key=lambda epoch: next(iter(epoch["validation"].values())))
 
 
 def text_of(figures):
@@ -215,7 +220,6 @@ def find_encoder(args, device):
     name = args.init_from or "roberta-base"
     for folder in (Path(name), DATA / "models" / name):
         if folder.is_dir():
-            args.init_from = str(folder.resolve())
             return folder
     raise FileNotFoundError(f"no folder {name}, here or under {DATA / 'models'}: "
                             f"python data/download.py {name} fetches a model of that name")
@@ -266,7 +270,7 @@ def pretrain(config, tok, steps, device, batch_size=64, lr=3e-3, masked=0.2):
     bar = tqdm(range(steps), f"pretraining the toy encoder, once, on {device}",
                disable=not IS_MASTER)
     for step in bar:
-        [batch] = corpus.batches([rng.integers(len(corpus.lengths), size=batch_size)])
+        [batch] = corpus.batches([rng.integers(len(corpus.widths), size=batch_size)])
         (input_ids, token_type_ids, mask), _ = corpus.batch(*batch)
         is_word = (input_ids != tok.pad_id) & (input_ids != tok.cls_id) & (input_ids != tok.sep_id)
         hidden = (torch.rand(input_ids.shape, device=device) < masked) & is_word
@@ -328,8 +332,10 @@ def arguments(argv):
     add("--compile", action="store_true",
         help="torch.compile the encoder: a minute to start, a faster step for long runs")
     add("--out", default=Path("ckpt.pt"), type=Path, help="checkpoint to write; default ckpt.pt")
-    add("--resume", type=Path, metavar="CKPT", help="go on with the run that wrote this checkpoint")
-    add("--eval_only", type=Path, metavar="CKPT",
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", type=Path, metavar="CKPT",
+        help="go on with the run that wrote this checkpoint")
+    earlier.add_argument("--eval_only", type=Path, metavar="CKPT",
         help="report the figures of this checkpoint; nothing is trained or written")
     parser.error = lambda message: sys.exit(fail(message))  # one line, without the usage
     args = parser.parse_args(argv)
@@ -339,6 +345,7 @@ def arguments(argv):
             raise ValueError(f"--warmup is {args.warmup:g}: it is a share, from 0 to 1")
         return args, None
     checkpoint = checkpoints.load(file)
+    # Once more, with what the checkpoint says as defaults.
     parser.set_defaults(**checkpoint["settings"], out=file)
     args = parser.parse_args(argv)
     for name, value in checkpoint["settings"].items():
@@ -355,7 +362,7 @@ def positive(kind):
         if not 0 < value < float("inf"):
             raise ValueError
         return value
-    number.__name__ = f"positive {kind.__name__}"
+    number.__name__ = f"positive {kind.__name__}"  # argparse quotes it: invalid positive int value
     return number
 
 
@@ -396,8 +403,11 @@ def pick_device(name):
 
 
 def be_deterministic(device):
-    """The same seed gives the same numbers. On an H100 that costs 2% of a step's time, 6% where it
-    is padded: attention's fastest kernel."""
+    """The same seed gives the same numbers.
+
+    On an H100 that costs 2% of a step's time, and 6% of a padded one's, which may not use
+    attention's fastest kernel.
+    """
     if device.type != "mps":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -421,6 +431,8 @@ def run(argv):
     splits, n_out, metrics = load_task(args.task, args.data_dir)
     with master_first():  # it may have to pretrain the toy encoder
         folder = find_encoder(args, device)
+    if args.init_from:
+        args.init_from = str(folder.resolve())  # for --resume, from wherever
 
     torch.manual_seed(args.seed)
     model = build(args, folder, n_out).to(device)
@@ -454,14 +466,15 @@ def report(args, model, checkpoint, figures, examples):
     count = lambda parameters: sum(p.numel() for p in parameters)
     adapter = count(adapter_parameters(model))
     encoder = count(model.parameters()) - count(model.head.parameters()) - adapter
-    trained = encoder if args.method == "full" else adapter
+    trained, what = adapter, "adapter parameters"
+    if args.method == "full":
+        trained, what = encoder, "all weights"
     history = checkpoint["history"]
     speed = examples * len(history) / sum(epoch["seconds"] for epoch in history)
     rows = {
         "task": args.task,
         "method": args.method + (f", rank {args.rank}" if adapter else ""),
-        "all weights" if args.method == "full" else "adapter parameters":
-            f"{trained:,} ({trained / encoder:.2%} of the encoder's {encoder:,})",
+        what: f"{trained:,} ({trained / encoder:.2%} of the encoder's {encoder:,})",
         **{name.replace("_", " "): text_of(values) for name, values in figures.items()},
         "best epoch": f"{checkpoint['best_epoch']} of {len(history)}",
         "training speed": f"{speed:,.0f} examples/s",
@@ -644,6 +657,15 @@ def sum_over_processes(tensor):
     if PROCESSES > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def of_all_processes(value):
+    """[process 0's value, process 1's, ...]"""
+    if PROCESSES == 1:
+        return [value]
+    values = [None] * PROCESSES
+    dist.all_gather_object(values, value)
+    return values
 
 
 class master_first:

@@ -11,17 +11,18 @@ class Encoded:
     def __init__(self, split, tok, max_len, device):
         rows = [tok.encode(*text, max_len=max_len)
                 for text in tqdm(split.texts, "tokenizing", leave=False, delay=2)]
-        self.tokens = np.array([len(input_ids) for input_ids, _ in rows])
-        # On CUDA batches are cut at multiples of 8, so that they have few different widths.
+        self.lengths = np.array([len(input_ids) for input_ids, _ in rows])
+        # A batch is cut at its largest width. On CUDA widths are multiples of 8, so that there are
+        # few different ones.
         multiple = 8 if device.type == "cuda" else 1
-        self.lengths = np.minimum(-(-self.tokens // multiple) * multiple, max_len)
-        shape = len(rows), self.lengths.max()
+        self.widths = np.minimum(-(-self.lengths // multiple) * multiple, max_len)
+        shape = len(rows), self.widths.max()
         input_ids = np.full(shape, tok.pad_id)
         token_type_ids = np.zeros(shape, np.int64)
         for i, (ids, types) in enumerate(rows):
             input_ids[i, :len(ids)] = ids
             token_type_ids[i, :len(ids)] = types
-        mask = np.arange(shape[1]) < self.tokens[:, None]
+        mask = np.arange(shape[1]) < self.lengths[:, None]
         self.input_ids = torch.from_numpy(input_ids).to(device)
         self.token_type_ids = torch.from_numpy(token_type_ids).to(device)
         self.mask = torch.from_numpy(mask).to(device)
@@ -39,29 +40,30 @@ class Encoded:
     def batches(self, order):
         """(rows, width, padded), batch's arguments, for each array of row numbers in `order`."""
         # One copy to the device for all.
-        rows = torch.from_numpy(np.concatenate(order)).to(self.labels.device)
+        all_rows = torch.from_numpy(np.concatenate(order)).to(self.labels.device)
         result = []
-        for numbers, rows in zip(order, rows.split([len(numbers) for numbers in order])):
-            width = int(self.lengths[numbers].max())
-            result.append((rows, width, bool((self.tokens[numbers] < width).any())))
+        for numbers, rows in zip(order, all_rows.split([len(numbers) for numbers in order])):
+            width = int(self.widths[numbers].max())
+            padded = bool((self.lengths[numbers] < width).any())
+            result.append((rows, width, padded))
         return result
 
 
-def shuffled(lengths, size, seed):
-    """Arrays of row numbers: every row once, beside rows of about its length, in random order."""
+def shuffled(widths, size, seed):
+    """Arrays of row numbers: every row once, beside rows of about its width, in random order."""
     rng = np.random.default_rng(seed)
-    order = rng.permutation(len(lengths))
+    order = rng.permutation(len(widths))
     batches = []
     # Sorted within pools of 50 batches only, so that each epoch's batches differ.
     for start in range(0, len(order), 50 * size):
         pool = order[start:start + 50 * size]
-        batches += cut(pool[np.argsort(lengths[pool], kind="stable")], size)
+        batches += cut(pool[np.argsort(widths[pool], kind="stable")], size)
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def by_length(lengths, size):
+def by_width(widths, size):
     """Arrays of row numbers: every row once, the shortest first."""
-    return cut(np.argsort(lengths, kind="stable"), size)
+    return cut(np.argsort(widths, kind="stable"), size)
 
 
 def cut(order, size):

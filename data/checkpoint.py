@@ -41,23 +41,31 @@ def check_encoder(folder, checkpoint, file):
                          f"differs. Say where that one is with --init_from")
 
 
-def pack_state(model, optimizer, device):
-    """What a run needs to go on: last weights, the optimizer's state, the random generators'."""
+def pack_state(model, optimizer):
+    """What a run needs to go on, beside its random generators: weights and optimizer's state."""
     state = {number: {name: value.cpu() for name, value in values.items()}
              for number, values in optimizer.state_dict()["state"].items()}
-    generators = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        generators["cuda"] = torch.cuda.get_rng_state(device)
-    return {"last": trained_weights(model), "optimizer": state, "rng": generators}
+    return {"last": trained_weights(model), "optimizer": state}
 
 
-def unpack_state(checkpoint, model, optimizer, device):
+def unpack_state(checkpoint, model, optimizer):
     """Put what pack_state packed back in its place."""
     model.load_state_dict(checkpoint["last"], strict=False)
     optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
-    torch.set_rng_state(checkpoint["rng"]["cpu"])
-    if device.type == "cuda" and "cuda" in checkpoint["rng"]:
-        torch.cuda.set_rng_state(checkpoint["rng"]["cuda"], device)
+
+
+def pack_generators(device):
+    """The states of this process's random generators."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def unpack_generators(states, device):
+    torch.set_rng_state(states["cpu"])
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"], device)
 
 
 def trained_weights(model):

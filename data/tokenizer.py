@@ -33,6 +33,7 @@ class Tokenizer:
         self.pad_id, self.mask_id = vocab[pad], vocab[mask]
         # A special token written out in the text stands for itself.
         self.special = re.compile("(" + "|".join(patterns) + ")")
+        # Remembered for this tokenizer, so not a decorator of the class's method.
         self.ids_of_word = lru_cache(maxsize=1 << 18)(self.ids_of_word)
 
     def ids(self, text):
@@ -180,11 +181,6 @@ class Rule(dict):
         return self[code]
 
 
-def is_space(c):
-    """Unicode's White_Space, without four control characters that Python's isspace takes in."""
-    return c.isspace() and not "\x1c" <= c <= "\x1f"
-
-
 def clean(c):
     """BERT's: white space becomes a space, control characters vanish."""
     if c in "\t\n\r":
@@ -196,14 +192,17 @@ def clean(c):
 
 def class_of(c):
     """An ASCII character of the same class: letter, digit, space or other sign."""
-    if c.isascii() and not "\x1c" <= c <= "\x1f":
+    if "\x1c" <= c <= "\x1f":  # control characters, which Python's isspace takes in
+        return "!"
+    if c.isascii():
         return c
-    if is_space(c):
-        return "\t"
+    if c.isspace():
+        return "\t"  # and no " ", which WORD joins to the word after it
     return {"L": "a", "N": "0"}.get(unicodedata.category(c)[0], "!")
 
 
 CLEAN, CLASSES = Rule(clean), Rule(class_of)
+# Hugging Face's ranges: the last but one begins 256 characters after Unicode's.
 CHINESE = re.compile(
     "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f"
     "\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]")
@@ -263,7 +262,7 @@ def load(path):
 
 def read_wordpiece(path, settings):
     lines = (path / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
-    vocab = {token.rstrip("\r"): i for i, token in enumerate(lines)}
+    vocab = {token: i for i, token in enumerate(lines)}
     is_mpnet = "<s>" in vocab and "</s>" in vocab
     if is_mpnet:
         names = {"unk": "[UNK]", "cls": "<s>", "sep": "</s>", "pad": "<pad>", "mask": "<mask>"}

@@ -209,7 +209,7 @@ def our_epochs(settings, args, device, splits, tok, n_out, metrics):
     for epoch in range(3):
         began = time.perf_counter()
         model.train()
-        for batch in data["train"].batches(shuffled(data["train"].lengths, 16, [0, epoch])):
+        for batch in data["train"].batches(shuffled(data["train"].widths, 16, [0, epoch])):
             step(*batch)
         train.evaluate(model, forward, data["validation"], metrics, 16)
         seconds.append(time.perf_counter() - began)
@@ -254,7 +254,7 @@ def bench_cpu(args, device, results):
     splits, n_out, _ = train.load_task("rte", args.data_dir)
     tok = tokenizer.load(args.init_from)
     data = Encoded(splits["train"], tok, 128, device)
-    batches = data.batches(shuffled(data.lengths, 16, 0)[:12])
+    batches = data.batches(shuffled(data.widths, 16, 0)[:12])
     at = [0]
 
     def batch():

@@ -5,7 +5,8 @@
     python tests/experiment.py tables                          # what the CSV says
 
 A stage runs what the CSV lacks, several runs side by side, the long ones first; it may be stopped
-and started again, and followed by others on one command line. Every run is train.py with batches of 16 and its other defaults.
+and started again, and others may follow it on one command line. Every run is train.py with batches
+of 16 and its other defaults.
 """
 
 import argparse

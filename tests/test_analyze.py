@@ -132,7 +132,7 @@ def control_of(file, encoder, target, make):
     values = {"A": [], "B": []}
     draw = torch.Generator().manual_seed(0)
     weights = [encoder[f"bert.encoder.layer.{l}.attention.self.{target}.weight"].double().numpy() for l in range(2)]
-    draws = make(weights, lambda A, B: [x.numpy() for x in analyze.random_factors(torch.empty(A), torch.empty(B), draw)])
+    draws = make(weights, lambda A, B: [x.numpy() for x in analyze.untrained_factors(torch.empty(A), torch.empty(B), draw)])
     for one, two in draws:
         for name, X, Y in zip("AB", one, two):
             U, V = np.linalg.svd(X)[0][:, :3], np.linalg.svd(Y)[0][:, :3]
@@ -175,7 +175,7 @@ def test_condloras_factors_are_compared_beside_untrained_thetas_through_the_same
 
 
 def test_untrained_factors_are_kaiming_uniform_and_gaussian():
-    A, B = analyze.random_factors(torch.empty(50, 400), torch.empty(400, 50), torch.Generator().manual_seed(0))
+    A, B = analyze.untrained_factors(torch.empty(50, 400), torch.empty(400, 50), torch.Generator().manual_seed(0))
     assert 0.99 / 20 < A.abs().max() <= 1 / 20  # uniform within 1 / sqrt(fan_in), so its deviation is
     assert A.std().item() == pytest.approx(1 / 20 / 3 ** 0.5, rel=0.02)
     assert B.std().item() == pytest.approx(1, rel=0.02)
@@ -260,6 +260,11 @@ def test_rectangular_targets_are_marked_as_least_squares(checkpoint, capsys):
     assert "* rectangular or singular: least squares" in out
     out = run(capsys, checkpoint("condlora", "--targets", "fc1", "fc2"), "--json", "out.json")
     assert set(json.load(open("out.json"))["theta"]) == {"fc1", "fc2"}
+    # fc2 is 8x12, so that random C_A (8, 3) is as like as 3 of 8 dimensions, A (3, 12) as 3 of 12.
+    run(capsys, "condlora.pt", "--compare", "condlora.pt", "--json", "out.json")
+    compared = json.load(open("out.json"))["compare"]["fc2"]
+    random = {name: compared[name]["random"][0] for name in ("A", "C_A", "B", "C_B")}
+    assert random == pytest.approx({"A": 3 / 12, "C_A": 3 / 8, "B": 3 / 8, "C_B": 3 / 12}, abs=0.07)
 
 
 def test_the_verdict_names_what_is_beyond_the_control():

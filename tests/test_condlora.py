@@ -157,6 +157,16 @@ def test_layers_share_a_theta_only_where_target_name_and_shape_agree():
     assert [tuple(f.shape) for f in model[1]["dense"].factors()] == [(2, 4), (8, 2)]
 
 
+def test_a_target_of_two_parts_and_an_excluded_module_choose_among_layers_of_one_name():
+    model = adapt(encoder(), targets=("attention.out", "fc1"), rank=2)
+    expected = [f"layers.{l}.{name}" for l in range(3) for name in ("attention.out", "fc1")]
+    assert [name for name, m in model.named_modules() if isinstance(m, CondLoRALinear)] == expected
+    assert list(model.condlora) == ["attention_out_16x16", "fc1_32x16"]
+    model = adapt(encoder(), "lora", targets=("out",), exclude=("head",))
+    assert type(model.head.out) is nn.Linear
+    assert len(adapted_layers(model)) == 3
+
+
 def test_a_copy_of_the_model_shares_its_own_theta():
     model = trained(adapt(encoder()))
     twin = copy.deepcopy(model)
@@ -214,6 +224,12 @@ def test_a_merged_and_unloaded_model_is_a_plain_one_with_the_same_output(method)
     plain.load_state_dict(model.state_dict())  # strict: no adapter is left
     assert {type(m) for m in model.modules()} == {type(m) for m in plain.modules()}
     assert torch.allclose(plain(IDS), expected, atol=1e-5)
+
+
+def test_no_conversion_is_left_where_the_adapted_model_is_a_part_of_another():
+    whole = nn.ModuleDict({"encoder": trained(adapt(encoder()))})
+    merge_and_unload(whole)
+    assert list(whole.state_dict()) == [f"encoder.{name}" for name in encoder().state_dict()]
 
 
 @pytest.mark.parametrize("merged", [False, True])

@@ -171,6 +171,8 @@ def test_a_run_that_ends_at_a_constant_answer_says_so(little, capsys):
 def test_patience_ends_a_run_that_gets_no_better(little, capsys):
     _, lines = run([*little, "--method", "head", "--lr", "1e-9", "--epochs", "9", "--patience", "2"], capsys)
     assert [line.split()[1] for line in lines if line.startswith("epoch")] == ["1", "2", "3"]
+    _, lines = run(["--resume", "ckpt.pt"], capsys)
+    assert not [line for line in lines if line.startswith("epoch")]
 
 
 def test_every_row_is_seen_once_an_epoch_beside_rows_of_its_length():
@@ -207,6 +209,8 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
     (["--warmup", "2"], "--warmup is 2: it is a share"),
     (["--grad_clip", "-1"], "argument --grad_clip"),
     (["--targets", "q_proj"], "no nn.Linear is named 'q_proj'"),
+    (["--targets", "dense"], "no nn.Linear is named 'dense'"),  # only the head has one
+    (["--resume", "a.pt", "--eval_only", "a.pt"], "not allowed with argument"),
     (["--device", "tpu"], "--device tpu is not there: use "),
     (["--device", "cuda:99"], "--device cuda:99 is not there: use "),
     (["--device", "cpu:x"], "--device cpu:x is not there: use "),
@@ -346,6 +350,8 @@ def test_two_processes_get_the_weights_of_one(little, capsys, tmp_path, bert_fol
     one, two = (torch.load(file, weights_only=True) for file in ("one.pt", "two.pt"))
     assert all(torch.allclose(one["last"][name], two["last"][name], rtol=0, atol=1e-5) for name in one["last"])
     assert one["results"] == two["results"]
+    first, second = (states["cpu"] for states in two["rng"])  # each goes on with its own dropout
+    assert not torch.equal(first, second)
     assert [e["loss"] for e in one["history"]] == pytest.approx([e["loss"] for e in two["history"]], abs=1e-5)
 
 
