@@ -10,7 +10,7 @@ synonyms, and nothing in it is tuned to a task.
 
     toy         two sentences, like RTE: does the first entail the second? A false second one is a
                 good sentence, too, with another noun of the same kind or another verb. The second
-                sentence alone gives 57.5%, since a true one has a kind's name more often.
+                sentence alone gives 57%, since a true one has a kind's name more often.
     toy-agree   one sentence, like CoLA: is it well-formed? In a false one the verb has the number
                 of the noun that stands nearer to it, which is never the subject's. Every two
                 neighbours agree in number: only the whole is wrong.
