@@ -2,7 +2,9 @@
 
     python tests/experiment.py rate --init_from FOLDER         # which learning rate, by validation
     python tests/experiment.py seeds --init_from FOLDER        # four more seeds at the best rate
+    python tests/experiment.py long width collapse --init_from FOLDER
     python tests/experiment.py tables                          # what the CSV says
+    python tests/experiment.py figure                          # assets/mpnet.svg
 
 A stage runs what the CSV lacks, several runs side by side, the long ones first; it may be stopped
 and started again, and others may follow it on one command line. Every run is train.py with batches
@@ -24,8 +26,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = ("rte", "mrpc", "stsb", "cola")  # by steps an epoch
+METHODS = ("lora", "condlora", "head", "full")
 STEPS = dict(zip(TASKS, (141, 207, 324, 482)))
 RATES = (1e-4, 3e-4, 1e-3, 2e-3)
+STAGES = ("rate", "seeds", "long", "width", "collapse")
 QV = "query value"
 ALL = "query key value out fc1 fc2"
 SETTINGS = ("task", "method", "targets", "rank", "lr", "seed", "clip", "epochs")
@@ -38,7 +42,7 @@ def runs_of(stage, rows):
     """A stage's runs, as dicts of SETTINGS."""
     run = lambda task, method, lr, targets=QV, rank=8, seed=0, clip=1.0, epochs=20: dict(
         zip(SETTINGS, (task, method, targets, rank, lr, seed, clip, epochs)))
-    adapters, methods = ("lora", "condlora"), ("lora", "condlora", "head")
+    adapters, methods = METHODS[:2], METHODS[:3]
     each = itertools.product
     if stage == "rate":
         runs = [run(*settings) for settings in each(TASKS, methods, RATES)]
@@ -64,7 +68,7 @@ def runs_of(stage, rows):
     if stage == "collapse":
         return [run(task, method, lr, clip=0.0)
                 for task, method, lr in each(("rte", "mrpc"), adapters, (3e-4, 1e-3, 2e-3))]
-    raise ValueError(f"no stage {stage}")
+    raise ValueError(f"{stage} stands alone")
 
 
 def do(run, args):
@@ -126,40 +130,65 @@ def run_stages(args):
 
 # What is told ------------------------------------------------------------------------------------
 
-def best_rate(rows, task, method, rank=8, targets=QV, epochs=20):
-    """The rate with the best validation figure of seed 0, None where there is no run."""
-    wanted = (task, method, targets, str(rank), "0", "1.0", str(epochs))
-    found = [row for row in rows
-             if tuple(row[name] for name in SETTINGS if name != "lr") == wanted]
-    best = max(found, key=lambda row: float(row["validation"]), default=None)
-    return best and float(best["lr"])
+def chosen(rows, task, method, targets=QV, rank=8, clip=1.0, epochs=20):
+    """The runs, all seeds, at the rate with the best validation figure of seed 0."""
+    wanted = dict(task=task, method=method, targets=targets, rank=rank, clip=clip, epochs=epochs)
+    runs = [row for row in rows if all(row[k] == str(v) for k, v in wanted.items())]
+    first = [row for row in runs if row["seed"] == "0"]
+    best = max(first, key=lambda row: float(row["validation"]), default=None)
+    return [row for row in runs if best and row["lr"] == best["lr"]]
 
 
-def figures(rows, **wanted):
-    """{seed: test figure} of the runs with these settings."""
-    return {row["seed"]: float(row["test"]) for row in rows
-            if all(row[name] == str(value) for name, value in wanted.items())}
+def best_rate(rows, task, method):
+    runs = chosen(rows, task, method)
+    return float(runs[0]["lr"]) if runs else None
+
+
+def tests_of(runs):
+    """{seed: test figure}"""
+    return {row["seed"]: float(row["test"]) for row in sorted(runs, key=lambda row: row["seed"])}
 
 
 def tables(args):
     rows = read(args.csv)
-    common = dict(targets=QV, rank=8, clip=1.0, epochs=20)
-    print("validation, seed 0, by rate")
-    for task, method in itertools.product(TASKS, ("lora", "condlora", "head", "full")):
-        found = sorted((float(row["lr"]), row["validation"]) for row in rows if row["seed"] == "0"
-                       and all(row[k] == str(v) for k, v in common.items())
-                       and (row["task"], row["method"]) == (task, method))
-        print(f"{task:6}{method:10}", *(f"{lr:g}: {value}  " for lr, value in found))
-    print("\ntest, at the best rate: mean and deviation over seeds; CondLoRA - LoRA, paired, and "
-          "its 95% interval")
+    print("seed 0 by rate: validation (* ended at a constant answer)")
+    for task, method, clip in itertools.product(TASKS, METHODS, (1.0, 0.0)):
+        runs = [row for row in rows if row["task"] == task and row["method"] == method
+                and float(row["clip"]) == clip and row["seed"] == "0" and row["targets"] == QV
+                and row["rank"] == "8" and row["epochs"] == "20"]
+        cells = [f"{float(row['lr']):g}: {row['validation']}{'*' * collapsed(row)}"
+                 for row in sorted(runs, key=lambda row: float(row["lr"]))]
+        if runs:
+            print(f"{task:6}{method:10}clip {clip:g}  ", "   ".join(cells))
+
+    print("\ntest at the best rate, over seeds; CondLoRA - LoRA, paired, with its 95% interval")
     for task in TASKS:
-        of = {method: figures(rows, task=task, method=method, lr=best_rate(rows, task, method),
-                              **common) for method in ("lora", "condlora", "head")}
-        cells = [f"{np.mean(list(x.values())):.1f} ± {np.std(list(x.values()), ddof=1):.1f}"
-                 if len(x) > 1 else "-" for x in of.values()]
+        of = {method: tests_of(chosen(rows, task, method)) for method in METHODS[:3]}
         seeds = sorted(of["lora"].keys() & of["condlora"].keys())
         differences = [of["condlora"][seed] - of["lora"][seed] for seed in seeds]
-        print(f"{task:6}", *cells, interval(differences), sep="  ")
+        print(f"{task:6}", *map(spread, of.values()), interval(differences), sep="  ")
+
+    print("\nlonger and wider, each at its best rate: test by seed (validation of seed 0)")
+    kinds = {(row["task"], row["method"], row["targets"], row["rank"], row["epochs"])
+             for row in rows if row["clip"] == "1.0" and row["method"] in METHODS[:2]}
+    for task, method, targets, rank, epochs in sorted(kinds, key=lambda k: (k[0], k[2:], k[1])):
+        runs = chosen(rows, task, method, targets, rank, 1.0, epochs)
+        if (targets, rank, epochs) != (QV, "8", "20"):
+            which = "query value" if targets == QV else "all linear"
+            print(f"{task:6}{method:10}{which:13}rank {rank:3} epochs {epochs:3} rate "
+                  f"{runs[0]['lr']:7}", *tests_of(runs).values(), f"({runs[0]['validation']})")
+
+
+def collapsed(row):
+    """Whether the last training loss is a constant answer's: train.constant_loss of the task."""
+    constant = {"rte": 0.6931, "mrpc": 0.6311, "cola": 0.6063, "stsb": 2.1387}
+    return float(row["last_loss"]) > 0.98 * constant[row["task"]]
+
+
+def spread(figures):
+    """Mean and standard deviation over seeds."""
+    values = list(figures.values())
+    return f"{np.mean(values):.1f} \u00b1 {np.std(values, ddof=1):.1f}" if len(values) > 1 else "-"
 
 
 # Student's t: the 97.5% point for 1 to 9 degrees of freedom.
@@ -174,16 +203,99 @@ def interval(differences):
     return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
 
 
+# The picture -------------------------------------------------------------------------------------
+
+COLOURS = {"lora": "#3b82c4", "condlora": "#d9822b", "head": "#888888", "full": "#5a9e5a"}
+NAMES = {"lora": "LoRA", "condlora": "CondLoRA", "head": "head alone", "full": "every weight"}
+
+
+def parameters_of(row, d=768, layers=12, every_weight=108_895_872):
+    """How many numbers train beside the head."""
+    if row["method"] in ("head", "full"):
+        return every_weight if row["method"] == "full" else 0
+    per_rank = 2 * 2 * d if row["targets"] == QV else 4 * 2 * d + 2 * 5 * d
+    return per_rank * int(row["rank"]) * (layers if row["method"] == "lora" else 1)
+
+
+def figure(args):
+    """Test figure against trained numbers, a panel a task, and a learning curve."""
+    rows = read(args.csv)
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 560" role="img" '
+             'font-family="system-ui, sans-serif"><style>.paper{fill:#ffffff} .ink{fill:#1f2328} '
+             ".line{stroke:#8c959f} @media (prefers-color-scheme: dark){.paper{fill:#0d1117} "
+             '.ink{fill:#e6edf3}}</style><rect class="paper" width="900" height="560"/>']
+
+    def write(x, y, text, size=11, anchor="start"):
+        parts.append(f'<text class="ink" x="{x:.0f}" y="{y:.0f}" font-size="{size}" '
+                     f'text-anchor="{anchor}">{text}</text>')
+
+    def panel(left, top, width, title, low, high, ticks):
+        """Draw the axes; returns functions from values to places."""
+        write(left, top - 10, title, 13)
+        parts.append(f'<path class="line" fill="none" d="M{left} {top}V{top + 180}h{width}"/>')
+        x = lambda share: left + width * share
+        y = lambda value: top + 180 * (1 - (value - low) / (high - low))
+        for value in (low, (low + high) / 2, high):
+            write(left - 5, y(value) + 4, f"{value:g}", 10, "end")
+        for share, text in ticks:
+            write(x(share), top + 195, text, 10, "middle")
+        return x, y
+
+    powers = [(power / 4.3, "10" + digit)
+              for power, digit in enumerate("⁴⁵⁶⁷⁸")]
+    titles = {"cola": ("CoLA, Matthews", 45, 65), "rte": ("RTE, accuracy", 45, 75),
+              "mrpc": ("MRPC, accuracy", 80, 90), "stsb": ("STS-B, Pearson", 85, 91)}
+    for number, (task, (title, low, high)) in enumerate(titles.items()):
+        x, y = panel(50 + 285 * (number % 2), 50 + 260 * (number // 2), 235, title, low, high,
+                     powers)
+        settings = {(row["method"], row["targets"], row["rank"]) for row in rows
+                    if row["task"] == task and row["epochs"] == "20" and row["clip"] == "1.0"}
+        for method, targets, rank in sorted(settings):
+            runs = chosen(rows, task, method, targets, rank)
+            values = list(tests_of(runs).values())
+            n, mean = parameters_of(runs[0]), np.mean(values)
+            if not n or mean < low:
+                continue
+            where = x((np.log10(n) - 4) / 4.3)
+            hollow = targets != QV
+            parts.append(
+                f'<path stroke="{COLOURS[method]}" d="M{where:.1f} {y(min(values)):.1f}'
+                f'V{y(max(values)):.1f}"/><circle cx="{where:.1f}" cy="{y(mean):.1f}" r="5" '
+                f'stroke="{COLOURS[method]}" fill="{"none" if hollow else COLOURS[method]}">'
+                f"<title>{NAMES[method]}, rank {rank}, {n:,} numbers: {mean:.1f}</title></circle>")
+    x, y = panel(640, 50, 235, "CoLA: validation by epoch", 20, 65,
+                 [(epoch / 80, epoch) for epoch in (0, 20, 40, 60, 80)])
+    for row in rows:
+        if (row["task"], row["epochs"], row["seed"]) == ("cola", "80", "0"):
+            points = " ".join(f"{x((i + 1) / 80):.1f},{y(max(float(value), 20)):.1f}"
+                              for i, value in enumerate(row["curve"].split()))
+            parts.append(f'<polyline fill="none" stroke="{COLOURS[row["method"]]}" '
+                         f'stroke-width="1.5" points="{points}"/>')
+    write(50, 528, "Numbers trained beside the head, on a logarithmic scale. A bar spans five "
+                   "seeds; a point without one is seed 0.", 12)
+    for number, method in enumerate(("lora", "condlora", "full")):
+        parts.append(f'<circle cx="650" cy="{320 + 22 * number}" r="5" fill="{COLOURS[method]}"/>')
+        write(662, 324 + 22 * number, NAMES[method], 12)
+    write(645, 324 + 66, "\u25cf query and value; \u25cb all linear layers", 12)
+    (args.csv.with_suffix(".svg")).write_text("\n".join([*parts, "</svg>"]) + "\n", "utf-8")
+    print(args.csv.with_suffix(".svg"))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("stages", nargs="+", choices=("rate", "seeds", "long", "width", "collapse", "tables"))
+    add("stages", nargs="+", choices=(*STAGES, "tables", "figure"))
     add("--init_from", default="sentence-transformers/all-mpnet-base-v2")
     add("--data_dir", default=ROOT / "data/glue", type=Path)
     add("--jobs", type=int, default=5, help="runs side by side; default 5")
     add("--csv", type=Path, default=ROOT / "assets/mpnet.csv")
     args = parser.parse_args()
-    tables(args) if args.stages == ["tables"] else run_stages(args)
+    if args.stages == ["tables"]:
+        tables(args)
+    elif args.stages == ["figure"]:
+        figure(args)
+    else:
+        run_stages(args)
 
 
 if __name__ == "__main__":
