@@ -47,6 +47,8 @@ class Config:
     n_out: int = 2  # classes, or 1 for regression
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            check(getattr(self, field.name), LIMITS[field.type], field.name)
         known = {
             "model_type": ("bert", "roberta", "mpnet"),
             "hidden_act": ("gelu",),
@@ -55,8 +57,12 @@ class Config:
         }
         for name, values in known.items():
             if getattr(self, name) not in values:
-                raise ValueError(f"{name} is {getattr(self, name)!r}: "
+                raise ValueError(f"{name} is {short(getattr(self, name))}: "
                                  f"this encoder has {', '.join(map(str, values))}")
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                     "intermediate_size", "type_vocab_size", "n_out", "max_len"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of "
                              f"num_attention_heads {self.num_attention_heads}")
@@ -66,6 +72,53 @@ class Config:
         """The longest sequence that has positions, in tokens."""
         unused = 0 if self.model_type == "bert" else self.pad_token_id + 1
         return self.max_position_embeddings - unused
+
+    @property
+    def size(self):
+        """How many numbers the encoder has at least: its tables and its layers' products."""
+        d = self.hidden_size
+        rows = self.vocab_size + self.max_position_embeddings
+        return rows * d + self.num_hidden_layers * d * (4 * d + 2 * self.intermediate_size)
+
+
+def check(value, kind, where):
+    """Raise ValueError, which begins with `where`, unless `value` is of this kind.
+
+    A kind is a type; (type, lowest, highest); [kind] for a list; {str: kind} for a dict of any
+    keys; {"name": kind, ...} for a dict that has at least these. An int may stand for a float.
+    """
+    if isinstance(kind, dict):
+        check(value, dict, where)
+        for name, inner in kind.items():
+            if isinstance(name, type):
+                for key, item in value.items():
+                    check(key, name, f"a key of {where}")
+                    check(item, inner, f"{where}: {short(key)}")
+            elif name not in value:
+                raise ValueError(f"{where} has no {name!r}")
+            else:
+                check(value[name], inner, f"{where}: {name}")
+    elif isinstance(kind, list):
+        check(value, list, where)
+        for item in value:
+            check(item, kind[0], f"an entry of {where}")
+    elif isinstance(kind, tuple):
+        of_type, low, high = kind
+        check(value, of_type, where)
+        if not low <= value <= high:
+            raise ValueError(f"{where} is {short(value)}: it must be from {low} to {high}")
+    elif type(value) is not kind and not (kind is float and type(value) is int):
+        raise ValueError(f"{where} is {short(value)}: it must be of type {kind.__name__}")
+
+
+def short(value):
+    """repr, cut where it is long."""
+    text = repr(value) if not isinstance(value, (int, dict, list)) else str(type(value).__name__)
+    return text if len(text) <= 40 else text[:40] + "..."
+
+
+# By the type of a field of Config; shares (dropout) and small numbers (eps) are below 1.
+LIMITS = {int: (int, 0, 10 ** 8), float: (float, 0.0, 0.999), str: str}
 
 
 class Dropout(nn.Dropout):
@@ -161,13 +214,12 @@ class Embeddings(nn.Module):
         return self.dropout(self.norm(x + self.position(positions)))
 
 
-def relative_buckets(T, n_buckets=32):
-    """(T, T): the bucket of query q and key k, by k - q (T5's rule: Raffel et al. 2020, 2.1).
+def relative_buckets(offset, n_buckets=32):
+    """The bucket of key position - query position (T5's rule: Raffel et al. 2020, section 2.1).
 
     Half of the buckets are for keys before the query, half for those after. In each half the first
     half is one distance each; the others grow with the logarithm, up to distances of 128 and more.
     """
-    offset = torch.arange(T)[None, :] - torch.arange(T)[:, None]
     distance = offset.abs()
     half = n_buckets // 2
     exact = half // 2
@@ -204,8 +256,8 @@ class Transformer(nn.Module):
         self.head = Head(config)
         if config.model_type == "mpnet":
             self.relative_bias = nn.Embedding(32, config.num_attention_heads)
-            buckets = relative_buckets(config.max_len)
-            self.register_buffer("buckets", buckets, persistent=False)
+            offsets = torch.arange(1 - config.max_len, config.max_len)
+            self.register_buffer("buckets", relative_buckets(offsets), persistent=False)
         self.apply(self.initialize)
 
     def initialize(self, module):
@@ -232,8 +284,9 @@ class Transformer(nn.Module):
             mask.masked_fill_(attention_mask == 0, torch.finfo(x.dtype).min)
             mask = mask[:, None, None, :]  # (B, 1, 1, T)
         if self.config.model_type == "mpnet":
-            T = input_ids.shape[1]
-            bias = self.relative_bias(self.buckets[:T, :T])  # (T, T, nh)
+            position = torch.arange(input_ids.shape[1], device=x.device)
+            offset = position[None, :] - position[:, None]  # (T, T), key - query
+            bias = self.relative_bias(self.buckets[offset + self.config.max_len - 1])  # (T, T, nh)
             # Contiguous, as attention's fast kernels on a GPU want it.
             bias = bias.permute(2, 0, 1).contiguous()[None]
             mask = bias if mask is None else mask + bias  # (1 or B, nh, T, T)
@@ -258,9 +311,13 @@ class Transformer(nn.Module):
         if not (path / "config.json").is_file():
             raise FileNotFoundError(f"no config.json in {path}: it should be a folder with a "
                                     f"RoBERTa, BERT or MPNet model")
-        model = cls(read_config(path / "config.json", n_out))
+        config = read_config(path / "config.json", n_out)
         file = weights_file(path)
         tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_bin(file)
+        if config.size > file.stat().st_size:  # before anything of that size is allocated
+            raise ValueError(f"{path / 'config.json'} says that the encoder has {config.size:,} "
+                             f"numbers or more, {file} has only {file.stat().st_size:,} bytes")
+        model = cls(config)
         for name, parameter in model.named_parameters():
             key = hf_name(name, model.config.model_type)
             tensor = find_tensor(tensors, key, model.config.model_type)
@@ -276,13 +333,25 @@ class Transformer(nn.Module):
         return model
 
     def save_pretrained(self, path):
-        """Write what from_pretrained reads, in float32: transformers reads it too."""
+        """Write what from_pretrained reads, in float32: transformers reads it too.
+
+        Of a model that condlora adapted and merged, W0 + dW is written. Raises ValueError where it
+        is adapted and not merged, since the files could not hold the adapter.
+        """
         path = Path(path)
         settings = dataclasses.asdict(self.config)
         settings["num_labels"] = settings.pop("n_out")
         (path / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
         tensors = {}
         for name, parameter in self.named_parameters():
+            parent, _, last = name.rpartition(".")
+            module = self.get_submodule(parent)
+            if hasattr(module, "merged") and module.merged is None:
+                raise ValueError(f"{parent} is adapted: merge the model, then save it")
+            if last not in ("weight", "bias"):
+                continue  # an adapter's
+            if hasattr(module, "merged") and last == "weight":
+                parameter = module.merged
             key = hf_name(name, self.config.model_type)
             if not key.startswith("classifier"):
                 key = f"{self.config.model_type}.{key}"
@@ -346,14 +415,21 @@ def find_tensor(tensors, key, model_type):
     return None
 
 
-def read_config(file, n_out):
+def read_json(file):
+    """The object, that is the dict, in a JSON file."""
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from None
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {str(error)[:80]}") from None
+    check(settings, dict, f"{file}")
+    return settings
+
+
+def read_config(file, n_out):
+    settings = read_json(file)
     model_type = settings.get("model_type")
-    if model_type not in HF_NAMES:
-        raise ValueError(f"{file}: model_type is {model_type!r}, not {' or '.join(HF_NAMES)}")
+    if not isinstance(model_type, str) or model_type not in HF_NAMES:
+        raise ValueError(f"{file}: model_type is {short(model_type)}, not {' or '.join(HF_NAMES)}")
     known = {field.name for field in dataclasses.fields(Config)} - {"n_out"}
     given = {name: value for name, value in settings.items()
              if name in known and value is not None}
@@ -375,9 +451,10 @@ def weights_file(path):
 
 def read_bin(file):
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        return {name: tensor for name, tensor in state.items() if isinstance(tensor, torch.Tensor)}
     except Exception as error:  # torch.load raises half a dozen kinds
-        reason = str(error).splitlines()[0]
+        reason = str(error).split("\n")[0][:80]
         raise ValueError(f"{file} is not a PyTorch file of plain tensors: {reason}") from None
 
 
@@ -402,20 +479,24 @@ def read_safetensors(file):
     body = raw[8 + length:]
     try:
         header = json.loads(raw[8:8 + length].tobytes())
-        header.pop("__metadata__", None)
-        entries = [(name, entry["dtype"], entry["shape"], *entry["data_offsets"])
-                   for name, entry in header.items()]
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{file}: its header is damaged ({error!r})") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: its header is damaged: {str(error)[:80]}") from None
+    check(header, dict, f"{file}: its header")
+    header.pop("__metadata__", None)
+    entry = {"dtype": str, "shape": [(int, 0, 2 ** 62)], "data_offsets": [int]}
+    check(header, {str: entry}, f"{file}: its header")
     tensors = {}
-    for name, dtype, shape, begin, end in entries:
+    for name, entry in header.items():
+        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if dtype not in DTYPES:
-            raise ValueError(f"{file}: {name} is of type {dtype}, "
+            raise ValueError(f"{file}: {short(name)} is of type {dtype[:20]}, "
                              f"which is none of {', '.join(DTYPES)}")
-        size = math.prod(shape) * DTYPES[dtype].itemsize
-        if not 0 <= begin <= end <= len(body) or end - begin != size:
-            raise ValueError(f"{file} is cut short or damaged: {name}, {dtype} of shape {shape}, "
-                             f"is said to be bytes {begin} to {end} of {len(body)}")
+        begin, end = offsets if len(offsets) == 2 else (0, -1)
+        if not 0 <= begin <= end <= len(body) or (
+                end - begin != math.prod(shape) * DTYPES[dtype].itemsize):
+            raise ValueError(f"{file} is cut short or damaged: {short(name)}, {dtype} of shape "
+                             f"{str(shape)[:40]}, is said to be bytes {str(begin)[:20]} to "
+                             f"{str(end)[:20]} of {len(body)}")
         numbers = torch.from_numpy(np.array(body[begin:end]))
         tensors[name] = numbers.view(DTYPES[dtype]).view(shape)
     return tensors

@@ -8,11 +8,12 @@ vocabulary. Words repeat, so the second step is remembered for each word. WordPi
 MPNet's (Wu et al. 2016, arXiv:1609.08144), byte-level BPE RoBERTa's (Radford et al. 2019).
 """
 
-import json
 import re
 import unicodedata
 from functools import lru_cache
 from pathlib import Path
+
+from model import check, read_json, short
 
 
 class Tokenizer:
@@ -27,7 +28,7 @@ class Tokenizer:
     def __init__(self, vocab, patterns, unk, cls, sep, pad, mask):
         for token in (unk, cls, sep, pad, mask):
             if token not in vocab:
-                raise ValueError(f"the vocabulary has no special token {token!r}")
+                raise ValueError(f"the vocabulary has no special token {short(token)}")
         self.vocab, self.vocab_size = vocab, len(vocab)
         self.unk_id, self.cls_id, self.sep_id = vocab[unk], vocab[cls], vocab[sep]
         self.pad_id, self.mask_id = vocab[pad], vocab[mask]
@@ -246,11 +247,11 @@ def load(path):
     FileNotFoundError or ValueError, naming the folder, where a file is missing or damaged.
     """
     path = Path(path)
+    settings = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (path / name).is_file():
+            settings |= read_settings(path / name)
     try:
-        settings = {}
-        for name in ("special_tokens_map.json", "tokenizer_config.json"):
-            if (path / name).is_file():
-                settings |= json.loads((path / name).read_text(encoding="utf-8"))
         if (path / "vocab.txt").is_file():
             return read_wordpiece(path, settings)
         if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
@@ -258,6 +259,25 @@ def load(path):
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     raise FileNotFoundError(f"no vocab.txt, and no vocab.json with merges.txt, in {path}")
+
+
+def read_settings(file):
+    """What the tokenizers know of a JSON file's settings; a null leaves the default."""
+    settings = {name: value for name, value in read_json(file).items() if value is not None}
+    known = {}
+    for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "add_prefix_space"):
+        if name in settings:
+            check(settings[name], bool, f"{file}: {name}")
+            known[name] = settings[name]
+    for name in ("unk_token", "cls_token", "sep_token", "pad_token", "mask_token"):
+        token = settings.get(name)
+        if isinstance(token, dict):
+            check(token, {"content": str}, f"{file}: {name}")
+            token = token["content"]
+        if token is not None:
+            check(token, str, f"{file}: {name}")
+            known[name] = token
+    return known
 
 
 def read_wordpiece(path, settings):
@@ -274,10 +294,14 @@ def read_wordpiece(path, settings):
 
 
 def read_bpe(path, settings):
-    vocab = json.loads((path / "vocab.json").read_text(encoding="utf-8"))
+    vocab = read_json(path / "vocab.json")
+    check(vocab, {str: (int, 0, len(vocab) - 1)}, "vocab.json")
     lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
     merges = [tuple(line.split(" ")) for line in lines
               if line and not line.startswith("#version")]
+    for merge in merges:
+        if len(merge) != 2:
+            raise ValueError(f"merges.txt: {short(' '.join(merge))} is no pair")
     names = {"unk": "<unk>", "cls": "<s>", "sep": "</s>", "pad": "<pad>", "mask": "<mask>"}
     special = special_tokens(settings, names)
     return ByteLevelBPE(vocab, merges, settings.get("add_prefix_space", False), **special)
@@ -285,8 +309,4 @@ def read_bpe(path, settings):
 
 def special_tokens(settings, defaults):
     """{"unk": "[UNK]", ...}, as the folder's settings have them or else the defaults."""
-    chosen = {}
-    for name, default in defaults.items():
-        token = settings.get(f"{name}_token") or default
-        chosen[name] = token["content"] if isinstance(token, dict) else token
-    return chosen
+    return {name: settings.get(f"{name}_token") or default for name, default in defaults.items()}

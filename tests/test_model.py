@@ -54,7 +54,7 @@ def test_mpnets_buckets_are_t5s():
     buckets = {-500: 15, -128: 15, -100: 15, -64: 14, -33: 12, -32: 12, -16: 10, -12: 9, -11: 8, -8: 8,
                -7: 7, -1: 1, 0: 0, 1: 17, 7: 23, 8: 24, 11: 24, 12: 25, 15: 25, 16: 26, 31: 27, 32: 28,
                64: 30, 127: 31, 128: 31, 300: 31}
-    table = relative_buckets(600)
+    table = relative_buckets(torch.arange(600) - torch.arange(600)[:, None])
     for offset, bucket in buckets.items():
         query = max(0, -offset)
         assert table[query, query + offset] == bucket
@@ -180,7 +180,7 @@ def test_a_safetensors_file_cut_anywhere_is_refused(tmp_path):
     ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "bytes -8 to 0"),
     ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, "bytes 4 to 12 of 8"),
     ({"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}, "type F8_E4M3"),
-    ({"dtype": "F32", "shape": [2]}, "header is damaged"),
+    ({"dtype": "F32", "shape": [2]}, "its header: 'a' has no 'data_offsets'"),
 ])
 def test_a_safetensors_header_that_contradicts_the_file_is_refused(tmp_path, entry, words):
     text = json.dumps({"a": entry}).encode()
