@@ -16,6 +16,7 @@ numbers.
 """
 
 import math
+import pickle
 
 import torch
 import torch.nn as nn
@@ -113,10 +114,10 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
 
     Returns the model; the caller unfreezes what else shall train (its head). Adapters are float32.
     Raises ValueError, with the model untouched, where it is adapted already, a target names no
-    nn.Linear, or the rank or the method does not fit.
+    nn.Linear or one whose weight is not its own to read, or an argument does not fit.
     """
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
-    linears = find_linears(model, method, targets, rank, exclude)
+    linears = find_linears(model, method, targets, rank, alpha, exclude)
     model.requires_grad_(False)
     conversions, adapted = nn.ModuleDict(), {}
     for name, linear in linears.items():
@@ -132,10 +133,12 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
     replace(model, adapted)
     if conversions:
         model.condlora = conversions
+    model.adapter_settings = {"method": method, "targets": list(targets), "rank": rank,
+                              "alpha": float(alpha), "exclude": list(exclude)}
     return model
 
 
-def find_linears(model, method, targets, rank, exclude):
+def find_linears(model, method, targets, rank, alpha, exclude):
     """{name: nn.Linear} of what `adapt` shall adapt. Raises ValueError where a request is wrong."""
     if method not in ("lora", "condlora"):
         raise ValueError(f"method is {method!r}: use 'lora' or 'condlora'")
@@ -143,6 +146,8 @@ def find_linears(model, method, targets, rank, exclude):
         raise ValueError("the model is adapted already: adapt a fresh one")
     if not targets:
         raise ValueError("targets is empty: name the linear layers to adapt")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha is {alpha}: it must be a positive number")
     # Not nn.Linear's subclasses: what they add (quantised weights, say) would be lost.
     linears = {name: module for name, module in model.named_modules()
                if type(module) is nn.Linear and name
@@ -156,6 +161,15 @@ def find_linears(model, method, targets, rank, exclude):
         most = min(linear.weight.shape)
         if not (isinstance(rank, int) and 1 <= rank <= most):
             raise ValueError(f"rank is {rank}: for {name} it must be from 1 to {most}")
+        if "weight" not in linear._parameters:
+            raise ValueError(f"the weight of {name} is computed by a hook (spectral_norm, prune): "
+                             f"remove that first")
+    for name, module in model.named_modules():
+        # In eval mode its fast path would read the weights past the adapted layers.
+        inside = [linear for linear in linears if linear.startswith(f"{name}.")]
+        if isinstance(module, nn.TransformerEncoderLayer) and inside:
+            raise ValueError(f"{inside[0]} is part of an nn.TransformerEncoderLayer, whose fast "
+                             f"path would pass over the adapter: it cannot be adapted")
     return linears
 
 
@@ -199,15 +213,65 @@ def to_lora(model):
             A, B = layer.factors()
             lora.A.data, lora.B.data, lora.merged = A.contiguous(), B.contiguous(), layer.merged
             turned[layer] = lora
-    return replace(model, turned)
+    settings = getattr(model, "adapter_settings", None)
+    replace(model, turned)
+    if settings:
+        model.adapter_settings = settings | {"method": "lora"}
+    return model
+
+
+def save_adapter(model, file):
+    """Write the adapter's tensors, each theta once, and the settings that `adapt` was given."""
+    if not hasattr(model, "adapter_settings"):
+        raise ValueError("the model is not adapted: there is nothing to save")
+    weights = {name: p.detach().cpu().clone() for name, p in adapter_tensors(model).items()}
+    torch.save({"settings": model.adapter_settings, "weights": weights}, file)
+
+
+def load_adapter(model, file):
+    """Read what save_adapter or train.py wrote into `model`, which is adapted first if need be.
+
+    Raises ValueError where the file holds no adapter, where the model's has another method, target,
+    rank or alpha, or where a tensor is missing, unexpected or of another shape.
+    """
+    try:
+        saved = torch.load(file, map_location="cpu", weights_only=True)
+        settings = {name: value for name, value in saved["settings"].items() if name in SETTINGS}
+        given = {name: tensor for name, tensor in saved["weights"].items()
+                 if name.rpartition(".")[2] in ADAPTER_NAMES}  # not a head's
+    except (LookupError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError, EOFError):
+        raise ValueError(f"{file} holds no adapter: save_adapter writes one") from None
+    if not hasattr(model, "adapter_settings"):
+        adapt(model, **settings)
+    for name, value in settings.items():
+        if model.adapter_settings[name] != value:
+            raise ValueError(f"{file}: {name} is {value}, in the model "
+                             f"{model.adapter_settings[name]}")
+    tensors = adapter_tensors(model)
+    for name in sorted(tensors.keys() | given.keys()):
+        shapes = [tuple(x[name].shape) if name in x else "not there" for x in (given, tensors)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{file}: {name} is {shapes[0]}, in the model {shapes[1]}")
+    for name, parameter in tensors.items():
+        parameter.data.copy_(given[name])
+    return model
+
+
+SETTINGS = ("method", "targets", "rank", "alpha", "exclude")
+ADAPTER_NAMES = ("A", "B", "theta_A", "theta_B")
+
+
+def adapter_tensors(model):
+    """{name: parameter} of the adapter, each theta once."""
+    owners = {name for name, module in model.named_modules()
+              if isinstance(module, (LoRALinear, Conversion))}
+    return {name: parameter for name, parameter in model.named_parameters()
+            if name.rpartition(".")[0] in owners and name.rpartition(".")[2] in ADAPTER_NAMES}
 
 
 def adapter_parameters(model):
     """The adapter's parameters, each theta once; without the head's."""
-    names = ("A", "B", "theta_A", "theta_B")
-    return [parameter for module in model.modules()
-            if isinstance(module, (LoRALinear, Conversion))
-            for name, parameter in module.named_parameters() if name in names]
+    return list(adapter_tensors(model).values())
 
 
 def adapted_layers(model):
@@ -224,6 +288,8 @@ def replace(model, new):
     for module in list(model.modules()):
         if isinstance(getattr(module, "condlora", None), nn.ModuleDict):
             del module.condlora
+        if hasattr(module, "adapter_settings"):
+            del module.adapter_settings
     return model
 
 
