@@ -2,6 +2,7 @@
 
     python analyze.py ckpt.pt                        # tables; the picture goes to ckpt.svg
     python analyze.py ckpt.pt --compare other.pt     # LoRA and CondLoRA, or two seeds
+    python analyze.py FOLDER --init_from ENCODER     # a LoRA adapter that PEFT wrote
 
 For each layer  C_A = W0^-1 A^T,  C_B = W0^-1 B,  C_BA = W0^-1 B A  (Kim et al. 2024,
 arXiv:2403.14946, section 3), compared by the subspace similarity phi of the LoRA paper (Hu et al.
@@ -16,6 +17,7 @@ CondLoRA: every layer has the same conversion matrices, the thetas. The question
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +28,7 @@ from tqdm import tqdm
 
 from condlora import adapt, adapted_layers
 from data import checkpoint as checkpoints
+from data import peft_format
 from model import Transformer
 
 DRAWS = 10  # of each random baseline
@@ -397,33 +400,57 @@ def svg(table, title):
 
 # Checkpoints, tables and the command line --------------------------------------------------------
 
+class Adapter(NamedTuple):
+    title: str  # of what it was trained for
+    method: str
+    rank: int
+    targets: dict  # {target: its Layers}
+
+
 def read(file, init_from, device):
-    """({target: its Layers}, checkpoint) of a checkpoint's file."""
+    """The Adapter of a checkpoint's file, or of a folder that PEFT wrote."""
+    if file.is_dir():
+        adapter = read_peft(file, init_from, device)
+    else:
+        adapter = read_checkpoint(file, init_from, device)
+    if min(map(len, adapter.targets.values())) < 2:
+        raise ValueError(f"{file} has one adapted layer a target: there are no pairs to compare")
+    return adapter
+
+
+def read_checkpoint(file, init_from, device):
     checkpoint = checkpoints.load(file)
     settings = checkpoint["settings"]
     if settings["method"] not in ("lora", "condlora"):
-        raise ValueError(f"{file} was trained with --method {settings['method']}, which has no A "
-                         f"and B: train one with --method lora or condlora")
-    folder = Path(init_from or checkpoint["encoder"]["path"])
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the encoder of {file} is not at {folder} any more: "
-                                f"say where it is with --init_from")
-    checkpoints.check_encoder(folder, checkpoint, file)
+        raise ValueError(f"{file} was trained with --method {settings['method']:.20}, which has no "
+                         f"A and B: train one with --method lora or condlora")
+    folder = checkpoints.find_encoder(checkpoint, file, init_from)
     model = Transformer.from_pretrained(folder, checkpoint["config"]["n_out"])
     adapt(model, settings["method"], settings["targets"], settings["rank"], settings["alpha"],
           exclude=("head",))
-    model.load_state_dict(checkpoint["weights"], strict=False)
+    model.head.requires_grad_(True)
+    checkpoints.load_weights(checkpoint["weights"], model, file)
     model.double().to(device)
     names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
     targets = {}
-    for layer in tqdm(adapted_layers(model), "factorizing W0", leave=False, delay=1):
+    for layer in tqdm(adapted_layers(model), "factorizing W0", leave=False, delay=1, disable=None):
         conversion = getattr(layer, "conversion", None)
         thetas = (conversion.theta_A, conversion.theta_B) if conversion else (None, None)
         entry = Layer(layer.weight, *layer.factors(), layer.scale, *thetas, solver(layer.weight))
         targets.setdefault(names[layer], []).append(entry)
-    if min(map(len, targets.values())) < 2:
-        raise ValueError(f"{file} has one adapted layer a target: there are no pairs to compare")
-    return targets, checkpoint
+    return Adapter(checkpoint["task"], settings["method"], settings["rank"], targets)
+
+
+def read_peft(folder, init_from, device):
+    if not init_from:
+        raise ValueError(f"{folder} is an adapter alone: say where its encoder is with --init_from")
+    model = Transformer.from_pretrained(init_from)
+    targets = {}
+    for name, (A, B, scale) in peft_format.read(folder, model).items():
+        W0, A, B = (x.double().to(device) for x in (model.get_submodule(name).weight, A, B))
+        entry = Layer(W0, A, B, scale, None, None, solver(W0))
+        targets.setdefault(name.rpartition(".")[2], []).append(entry)
+    return Adapter(folder.resolve().name, "lora", len(A), targets)
 
 
 def analyze(targets, others, i, j, side):
@@ -513,8 +540,14 @@ def run(args):
     if args.device.partition(":")[0] not in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         there = "cuda or cpu" if torch.cuda.is_available() else "cpu"
         raise ValueError(f"--device {args.device} is not there: use {there}")
-    targets, checkpoint = read(args.checkpoint, args.init_from, args.device)
-    method, rank = checkpoint["settings"]["method"], checkpoint["settings"]["rank"]
+    if not args.checkpoint.exists():
+        raise FileNotFoundError(f"no {args.checkpoint}: train.py writes checkpoints")
+    picture = args.svg or args.checkpoint.with_suffix(".svg")
+    checkpoints.check_writable(picture, "--svg")
+    if args.json:
+        checkpoints.check_writable(args.json, "--json")
+    adapter = read(args.checkpoint, args.init_from, args.device)
+    method, rank, targets = adapter.method, adapter.rank, adapter.targets
     i, j = (rank if k is None else k for k in (args.i, args.j))
     for name, k in (("--i", i), ("--j", j)):
         if not 1 <= k <= rank:
@@ -522,23 +555,23 @@ def run(args):
                              f"vectors")
     others = None
     if args.compare:
-        others, _ = read(args.compare, args.init_from, args.device)
+        others = read(args.compare, args.init_from, args.device).targets
         if describe(targets) != describe(others):
             raise ValueError(f"{args.checkpoint} and {args.compare} are of different shapes: "
                              f"{describe(targets)}, and {describe(others)}")
-    title = (f"{checkpoint['task']}, {method} rank {rank}, phi with i = {i}, j = {j}, "
+    title = (f"{adapter.title}, {method} rank {rank}, phi with i = {i}, j = {j}, "
              f"{args.side} singular vectors")
-    print(title + "\n")
     result = analyze(targets, others, i, j, args.side)
-    print_tables(result, method, args.compare)
-    picture = args.svg or args.checkpoint.with_suffix(".svg")
     what = "conversion matrices: " if method == "lora" else "A and B: "
-    picture.write_text(svg(result["likeness"], what + title.replace("phi", "\u03c6")), "utf-8")
-    print(f"picture: {picture}")
+    drawn = svg(result["likeness"], what + title.replace("phi", "\u03c6"))
+    checkpoints.write(picture, drawn.encode())
     if args.json:
-        settings = {"checkpoint": str(args.checkpoint), "task": checkpoint["task"],
+        settings = {"checkpoint": str(args.checkpoint), "task": adapter.title,
                     "method": method, "i": i, "j": j, "side": args.side}
-        args.json.write_text(json.dumps(settings | result, indent=1) + "\n", encoding="utf-8")
+        checkpoints.write(args.json, (json.dumps(settings | result, indent=1) + "\n").encode())
+    print(title + "\n")
+    print_tables(result, method, args.compare)
+    print(f"picture: {picture}")
 
 
 def describe(targets):
@@ -552,7 +585,8 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=intro, epilog=rest,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a checkpoint of train.py --method lora or condlora")
+    add("checkpoint", type=Path, help="a checkpoint of train.py --method lora or condlora, or a "
+        "folder with a LoRA adapter that PEFT wrote")
     add("--i", type=int, help="how many singular vectors of the one matrix count; default the rank")
     add("--j", type=int, help="and of the other; default the rank")
     add("--side", choices=("left", "right"), default="left",
@@ -566,11 +600,14 @@ def main(argv=None):
     try:
         with torch.no_grad():
             run(parser.parse_args(argv))
+    except BrokenPipeError:  # whoever read the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.exit(fail(error))
 
 
 def fail(message):
+    message = " ".join(str(message).split())  # one line
     print(f"analyze.py: error: {message}", file=sys.stderr)
     return 2
 

@@ -3,7 +3,9 @@
     python train.py --method condlora                        # from scratch, in a minute
     python data/download.py rte roberta-base
     python train.py --task rte --init_from roberta-base      # GLUE
+    python train.py --task FOLDER --init_from roberta-base   # your own train.tsv and dev.tsv
     python train.py --eval_only ckpt.pt                      # its figures again
+    python train.py --eval_only ckpt.pt --predict FILE       # its answers, line by line
 
 Protocol of the CondLoRA paper (Kim et al. 2024, section 4): a tenth of the training set is held
 out and chooses the epoch; GLUE's dev set, seen once at the end, is the test. The reader's part ends
@@ -11,6 +13,8 @@ at "What makes it fast": what follows wraps the same step and changes no result.
 """
 
 import argparse
+import json
+import math
 import os
 import shutil
 import sys
@@ -29,16 +33,17 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from condlora import adapt, adapted_layers, adapter_parameters
-from data import glue, tokenizer, toy
 from data import checkpoint as checkpoints
+from data import glue, own, peft_format, tokenizer, toy
 from data.batches import Encoded, by_width, shuffled
-from model import Config, Transformer
+from model import Config, Transformer, short
 
 DATA = Path(__file__).resolve().parent / "data"
 
 # Several processes under torchrun share out each batch; number 0 prints and writes.
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 IS_MASTER = PROCESS == 0
+SILENT = None if IS_MASTER else True  # for tqdm: None is silent where there is no terminal
 
 # Defaults, chosen on the validation sets of the toy tasks and of GLUE.
 LEARNING_RATE = {
@@ -63,14 +68,13 @@ def train(model, forward, data, metrics, args, checkpoint):
     history = checkpoint["history"]
     torch.manual_seed(args.seed + PROCESS)  # of dropout
     if history:
-        checkpoints.unpack_state(checkpoint, model, optimizer)
+        checkpoints.unpack_state(checkpoint, model, optimizer, args.resume)
         if PROCESS < len(checkpoint["rng"]):
-            checkpoints.unpack_generators(checkpoint["rng"][PROCESS], device)
+            checkpoints.unpack_generators(checkpoint["rng"][PROCESS], device, args.resume)
 
     steps_per_epoch = -(-n // args.batch_size)
     steps, number = args.epochs * steps_per_epoch, len(history) * steps_per_epoch
-    bar = tqdm(total=steps, initial=number, desc=f"{args.task} {args.method}",
-               disable=not IS_MASTER)
+    bar = tqdm(total=steps, initial=number, desc=f"{args.task} {args.method}", disable=SILENT)
     for epoch in range(len(history) + 1, args.epochs + 1):
         if args.patience and history and epoch - best_of(history)["epoch"] > args.patience:
             break
@@ -103,6 +107,10 @@ def train(model, forward, data, metrics, args, checkpoint):
             checkpoints.save(checkpoint, args.out)
             tqdm.write(f"epoch {epoch:2d}  loss {loss:.3f}  validation {text_of(figures)}"
                        + ("  best so far" if is_best else ""))
+            if args.log:
+                append_json(args.log, {"epoch": epoch, "step": number, "loss": loss, **figures,
+                                       "lr": args.lr * schedule(number - 1, steps, args.warmup),
+                                       "examples_per_second": n / seconds})
     bar.close()
     constant = constant_loss(split.labels)
     if IS_MASTER and history[-1]["loss"] > 0.98 * constant:
@@ -176,23 +184,43 @@ def set_learning_rate(optimizer, lr):
             group["lr"] = lr
 
 
-@torch.inference_mode()
 def evaluate(model, forward, split, metrics, batch_size):
-    """The metrics of a split. The processes share out its batches, 8 times the training ones."""
+    """The metrics of a split."""
+    outputs = outputs_of(model, forward, split, batch_size)
+    predictions = outputs.argmax(1) if outputs.shape[1] > 1 else outputs[:, 0]
+    return metrics(predictions.numpy(), split.labels.cpu().numpy())
+
+
+@torch.inference_mode()
+def outputs_of(model, forward, split, batch_size):
+    """(n, n_out) on the CPU. The processes share out the batches, 8 times the training ones."""
     model.eval()
     outputs = torch.zeros(len(split.labels), model.config.n_out, device=split.labels.device)
     order = by_width(split.widths, 8 * batch_size)
     for rows, width, padded in split.batches(order)[PROCESS::PROCESSES]:
         inputs, _ = split.batch(rows, width, padded)
         outputs[rows] = forward(*inputs).float()
-    outputs = sum_over_processes(outputs)
-    predictions = outputs.argmax(1) if outputs.shape[1] > 1 else outputs[:, 0]
-    return metrics(predictions.cpu().numpy(), split.labels.cpu().numpy())
+    return sum_over_processes(outputs).cpu()
+
+
+def print_predictions(outputs, classes):
+    """A line each: the label and its probability, or a regression's number."""
+    for logits in outputs:
+        if classes:
+            probability, label = logits.softmax(0).max(0)
+            print(f"{classes[label]}\t{probability:.4f}")
+        else:
+            print(f"{logits[0]:.4f}")
 
 
 def best_of(history):
     """The epoch with the best validation figure, the first of equals."""
     return max(history, key=lambda epoch: next(iter(epoch["validation"].values())))
+
+
+def append_json(file, entry):
+    with open(file, "a", encoding="utf-8") as out:
+        out.write(json.dumps(entry) + "\n")
 
 
 def text_of(figures):
@@ -201,25 +229,51 @@ def text_of(figures):
 
 # The task and the model --------------------------------------------------------------------------
 
-def load_task(task, data_dir):
-    """(splits, number of outputs, metrics(predictions, labels)) of a task."""
-    if task in toy.TASKS:
+def is_glue(task):
+    return task.lower().replace("-", "") in glue.TASKS
+
+
+def load_task(args):
+    """(splits, names of the classes or (), metrics(predictions, labels)) of a task."""
+    if args.task in toy.TASKS:
         accuracy = lambda predictions, labels: {"accuracy": float(np.mean(predictions == labels))}
-        return toy.load(task), 2, accuracy
-    if task.lower().replace("-", "") not in glue.TASKS:
-        known = ", ".join((*toy.TASKS, *glue.TASKS))
-        raise ValueError(f"--task is {task!r}: there are {known}")
-    metrics = lambda predictions, labels: glue.metrics(task, predictions, labels)
-    return glue.load(task, data_dir), len(glue.TASKS[glue.canonical(task)].classes) or 1, metrics
+        return toy.load(args.task), ("0", "1"), accuracy
+    if is_glue(args.task):
+        metrics = lambda predictions, labels: glue.metrics(args.task, predictions, labels)
+        splits = glue.load(args.task, args.data_dir)
+        return splits, glue.TASKS[glue.canonical(args.task)].classes, metrics
+    splits, classes = own.load(args.task, args.regression)
+    return splits, classes, own.metrics(classes)
 
 
-def find_encoder(args, device):
+def read_texts(file, n_texts):
+    """A Split without labels: each line of a file ("-" for standard input) is a text, or two."""
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from None
+    lines = text.removesuffix("\n").split("\n") if text else []
+    texts = [tuple(line.removesuffix("\r").split("\t")) for line in lines]
+    for number, columns in enumerate(texts, 1):
+        if len(columns) != n_texts:
+            raise ValueError(f"{file}, line {number}: {len(columns)} texts, with a tab between "
+                             f"them; the model was trained on {n_texts}")
+    if not texts:
+        raise ValueError(f"{file} has no lines")
+    return glue.Split(texts, [0] * len(texts))
+
+
+def find_encoder(args, checkpoint, device):
     """The folder with the pretrained encoder."""
+    if args.init_from is None and checkpoint:
+        return checkpoints.find_encoder(checkpoint, args.resume or args.eval_only)
     if args.init_from is None and args.task in toy.TASKS:
         return toy_encoder(args.pretrain_steps, device)
     name = args.init_from or "roberta-base"
     for folder in (Path(name), DATA / "models" / name):
         if folder.is_dir():
+            if checkpoint:
+                checkpoints.find_encoder(checkpoint, args.resume or args.eval_only, folder)
             return folder
     raise FileNotFoundError(f"no folder {name}, here or under {DATA / 'models'}: "
                             f"python data/download.py {name} fetches a model of that name")
@@ -248,6 +302,7 @@ def toy_encoder(steps, device):
                     num_attention_heads=4, intermediate_size=256, max_position_embeddings=32,
                     hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
                     initializer_range=0.1)
+    remove_leftovers(folder)
     partial = folder.with_name(f"{folder.name}.part{os.getpid()}")
     partial.mkdir(parents=True)
     try:
@@ -260,6 +315,17 @@ def toy_encoder(steps, device):
     return folder
 
 
+def remove_leftovers(folder):
+    """Of runs that were killed while they pretrained: the process that a name ends with is gone."""
+    for partial in folder.parent.glob(f"{folder.name}.part*"):
+        try:
+            os.kill(int(partial.name.rpartition("part")[2]), 0)  # sends nothing
+        except ProcessLookupError:
+            shutil.rmtree(partial, ignore_errors=True)
+        except (ValueError, OSError):
+            pass  # somebody's live process, or no number
+
+
 def pretrain(config, tok, steps, device, batch_size=64, lr=3e-3, masked=0.2):
     """Masked-language modelling (Devlin et al. 2019): hide a fifth of the words and guess them."""
     torch.manual_seed(0)
@@ -267,8 +333,7 @@ def pretrain(config, tok, steps, device, batch_size=64, lr=3e-3, masked=0.2):
     corpus = Encoded(glue.Split(toy.corpus(20000), [0] * 20000), tok, config.max_len, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     rng = np.random.default_rng(0)
-    bar = tqdm(range(steps), f"pretraining the toy encoder, once, on {device}",
-               disable=not IS_MASTER)
+    bar = tqdm(range(steps), f"pretraining the toy encoder, once, on {device}", disable=SILENT)
     for step in bar:
         [batch] = corpus.batches([rng.integers(len(corpus.widths), size=batch_size)])
         (input_ids, token_type_ids, mask), _ = corpus.batch(*batch)
@@ -290,87 +355,127 @@ def pretrain(config, tok, steps, device, batch_size=64, lr=3e-3, masked=0.2):
 
 def arguments(argv):
     """(options, the checkpoint that --resume or --eval_only names or None)."""
-    intro, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(description=intro, epilog=rest,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--task", default="toy", help=f"{', '.join(toy.TASKS)} (made up, needs no files), or "
-        f"GLUE's {', '.join(glue.TASKS)}; default toy")
-    add("--method", default="condlora", choices=("condlora", "lora", "full", "head"),
-        help="what trains beside the head: the adapter, every weight (full), or nothing (head)")
-    add("--init_from", help="pretrained encoder: a folder, or a name under data/models; default "
-        "the toy encoder, or roberta-base")
-    add("--data_dir", default=DATA / "glue", type=lambda text: Path(text).resolve(),
-        help="folder with GLUE's CoLA, SST-2, ...; default data/glue")
-    add("--rank", type=positive(int), default=8, help="r, the adapter's rank; default 8")
-    add("--alpha", type=positive(float), default=8.0,
-        help="the update is scaled by alpha / rank; default 8")
-    add("--targets", nargs="+", default=["query", "value"],
-        help="linear layers to adapt, of query key value out fc1 fc2; default query value")
-    add("--lr", type=positive(float),
-        help=f"highest learning rate; default by method, {LEARNING_RATE}")
-    add("--epochs", type=positive(int), help=f"default {EPOCHS}")
-    add("--batch_size", type=positive(int), help=f"default {BATCH_SIZE}")
-    add("--max_len", type=positive(int), default=128,
-        help="longest input, in tokens, at most the encoder's positions; default 128")
-    add("--warmup", type=at_least_zero, default=0.1,
-        help="share of the steps in which the rate rises, then it falls to 0; default 0.1")
-    add("--weight_decay", type=at_least_zero, default=0.1, help="AdamW's; default 0.1")
-    add("--grad_clip", type=at_least_zero, default=1.0,
-        help="largest global norm of the gradient, 0 for any; default 1")
-    add("--patience", type=positive(int),
-        help="stop after so many epochs without a better validation figure; default never")
-    add("--seed", type=int, default=0,
-        help="the same seed on the same machine gives the same figures; default 0")
-    add("--device", help="cuda, cpu or mps; default the best there is")
-    add("--dtype", choices=("float32", "bfloat16"), help="to compute in; what trains stays "
-        "float32. Default bfloat16 on cuda, else float32")
-    add("--pretrain_steps", type=positive(int), default=1500,
-        help="of the toy encoder, where it is not there yet; default 1500")
-    add("--no_graphs", action="store_true",
-        help="on cuda, launch every kernel of every step instead of replaying CUDA graphs")
-    add("--compile", action="store_true",
-        help="torch.compile the encoder: a minute to start, a faster step for long runs")
-    add("--out", default=Path("ckpt.pt"), type=Path, help="checkpoint to write; default ckpt.pt")
-    earlier = parser.add_mutually_exclusive_group()
-    earlier.add_argument("--resume", type=Path, metavar="CKPT",
-        help="go on with the run that wrote this checkpoint")
-    earlier.add_argument("--eval_only", type=Path, metavar="CKPT",
-        help="report the figures of this checkpoint; nothing is trained or written")
-    parser.error = lambda message: sys.exit(fail(message))  # one line, without the usage
+    parser = make_parser()
     args = parser.parse_args(argv)
     file = args.resume or args.eval_only
+    for name in ("predict", "export"):
+        if getattr(args, name) and not args.eval_only:
+            raise ValueError(f"--{name} asks a trained model: say which with --eval_only CKPT")
     if not file:
-        if not 0 <= args.warmup <= 1:
-            raise ValueError(f"--warmup is {args.warmup:g}: it is a share, from 0 to 1")
         return args, None
     checkpoint = checkpoints.load(file)
-    # Once more, with what the checkpoint says as defaults.
-    parser.set_defaults(**checkpoint["settings"], out=file)
-    args = parser.parse_args(argv)
+    # The checkpoint's settings, as words, stand before the command line's own.
+    words = ["--out", str(file)]
     for name, value in checkpoint["settings"].items():
-        given = getattr(args, name)
+        if name not in vars(args) or name in NOT_KEPT:
+            raise ValueError(f"{file} has a setting {name!r:.40} that there is not")
+        if value is True:
+            words.append(f"--{name}")
+        elif value not in (None, False) and name != "init_from":
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    try:
+        trained = parser.parse_args(words)
+    except ValueError as error:
+        raise ValueError(f"{file} has a setting that is none: {str(error)[:150]}") from None
+    args = parser.parse_args([*words, *argv])
+    for name in checkpoint["settings"]:
+        given, value = getattr(args, name), getattr(trained, name)
         if given != value and name not in ("init_from", "data_dir", "dtype"):
             raise ValueError(f"--{name} {given} contradicts {file}, trained with {value}: "
                              f"leave it out")
     return args, checkpoint
 
 
-def positive(kind):
-    def number(text):
-        value = kind(text)
-        if not 0 < value < float("inf"):
-            raise ValueError
+NOT_KEPT = ("device", "no_graphs", "compile", "out", "log", "resume", "eval_only", "predict",
+            "export")  # in the checkpoint's settings
+
+
+def make_parser():
+    intro, _, rest = __doc__.partition("\n")
+    parser = argparse.ArgumentParser(description=intro, epilog=rest,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--task", default="toy", type=task_name, help=f"{', '.join(toy.TASKS)} (made up, needs no "
+        f"files), GLUE's {', '.join(glue.TASKS)}, or a folder of yours with train.tsv and perhaps "
+        f"dev.tsv, whose first line is text (or text1, text2) and label; default toy")
+    add("--regression", action="store_true",
+        help="the labels of your own data are numbers; default no, they are classes")
+    add("--method", default="condlora", choices=("condlora", "lora", "full", "head"),
+        help="what trains beside the head: the adapter, every weight (full), or nothing (head); "
+        "default condlora")
+    add("--init_from", help="pretrained encoder: a folder, or a name under data/models; default "
+        "the toy encoder, or roberta-base")
+    add("--data_dir", default=DATA / "glue", type=lambda text: Path(text).resolve(),
+        help="folder with GLUE's CoLA, SST-2, ...; default data/glue")
+    add("--rank", type=between(int, 1, 10 ** 9), default=8, help="r, the adapter's rank; default 8")
+    add("--alpha", type=between(float, 1e-30, 1e30), default=8.0,
+        help="the update is scaled by alpha / rank; default 8")
+    add("--targets", nargs="+", default=["query", "value"],
+        help="linear layers to adapt, of query key value out fc1 fc2; default query value")
+    add("--lr", type=between(float, 1e-30, 1e30),
+        help=f"highest learning rate; default by method, {LEARNING_RATE}")
+    add("--epochs", type=between(int, 1, 10 ** 9), help=f"default {EPOCHS}")
+    add("--batch_size", type=between(int, 1, 10 ** 9), help=f"default {BATCH_SIZE}")
+    add("--max_len", type=between(int, 1, 10 ** 9), default=128,
+        help="longest input, in tokens, at most the encoder's positions; default 128")
+    add("--warmup", type=between(float, 0, 1), default=0.1,
+        help="share of the steps in which the rate rises, then it falls to 0; default 0.1")
+    add("--weight_decay", type=between(float, 0, 1e30), default=0.1, help="AdamW's; default 0.1")
+    add("--grad_clip", type=between(float, 0, 1e30), default=1.0,
+        help="largest global norm of the gradient, 0 for any; default 1")
+    add("--patience", type=between(int, 1, 10 ** 9),
+        help="stop after so many epochs without a better validation figure; default never")
+    add("--seed", type=between(int, 0, 2 ** 32 - 1), default=0,
+        help="the same seed on the same machine gives the same figures; default 0")
+    add("--device", help="cuda, cpu or mps; default the best there is")
+    add("--dtype", choices=("float32", "bfloat16"), help="to compute in; what trains stays "
+        "float32. Default bfloat16 on cuda, else float32")
+    add("--pretrain_steps", type=between(int, 1, 10 ** 9), default=1500,
+        help="of the toy encoder, where it is not there yet; default 1500")
+    add("--no_graphs", action="store_true", help="on cuda, launch every kernel of every step; "
+        "default no, CUDA graphs are replayed")
+    add("--compile", action="store_true", help="torch.compile the encoder: a minute to start, a "
+        "faster step for long runs; default no")
+    add("--out", default=Path("ckpt.pt"), type=Path, help="checkpoint to write; default ckpt.pt")
+    add("--log", type=Path, metavar="FILE", help="a line of JSON for each epoch; default none")
+    earlier = parser.add_mutually_exclusive_group()
+    earlier.add_argument("--resume", type=Path, metavar="CKPT",
+        help="go on with the run that wrote this checkpoint; default a new run")
+    earlier.add_argument("--eval_only", type=Path, metavar="CKPT",
+        help="report the figures of this checkpoint, nothing is trained; default train")
+    add("--predict", metavar="FILE", help="with --eval_only: answer each line of a file, or of "
+        "standard input (-), with a label and its probability; two texts have a tab between them")
+    add("--export", type=Path, metavar="FOLDER", help="with --eval_only: write the adapter and the "
+        "head as PEFT reads them")
+
+    def error(message):  # without the usage
+        raise ValueError(message)
+    parser.error = error
+    return parser
+
+
+def task_name(text):
+    """The task, or the path of a folder of one's own."""
+    if text in toy.TASKS or is_glue(text):
+        return text
+    if not Path(text).is_dir():
+        known = ", ".join((*toy.TASKS, *glue.TASKS))
+        raise argparse.ArgumentTypeError(f"{text!r:.100} is neither a folder nor one of {known}")
+    return str(Path(text).resolve())
+
+
+def between(kind, low, high):
+    """A type for argparse: an int or a float in a range."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r:.40} is no {what} from {low} to {high}")
         return value
-    number.__name__ = f"positive {kind.__name__}"  # argparse quotes it: invalid positive int value
-    return number
-
-
-def at_least_zero(text):
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise ValueError
-    return value
+    return parse
 
 
 def complete(args, device):
@@ -380,9 +485,14 @@ def complete(args, device):
     args.epochs = args.epochs or EPOCHS[kind]
     args.batch_size = args.batch_size or BATCH_SIZE[kind]
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    if not args.out.absolute().parent.is_dir() or args.out.is_dir():
-        raise ValueError(f"--out {args.out} cannot be written: it should be a file in a folder "
-                         f"that exists")
+    if args.regression and (kind == "toy" or is_glue(args.task)):
+        raise ValueError(f"--regression is for your own data, --task is {args.task}")
+    if IS_MASTER and not args.eval_only:
+        checkpoints.check_writable(args.out, "--out")
+        if args.log:
+            checkpoints.check_writable(args.log, "--log")
+            if not args.resume:
+                args.log.write_text("")
 
 
 def pick_device(name):
@@ -413,29 +523,45 @@ def be_deterministic(device):
         torch.utils.deterministic.fill_uninitialized_memory = False
 
 
-def new_checkpoint(args, folder, model):
-    left_out = ("device", "no_graphs", "compile", "out", "resume", "eval_only")
+def new_checkpoint(args, folder, model, classes, split):
     settings = {name: str(value) if isinstance(value, Path) else value
-                for name, value in vars(args).items() if name not in left_out}
+                for name, value in vars(args).items() if name not in NOT_KEPT}
     encoder = {"path": str(folder.resolve()), "sha256": checkpoints.sha256(folder)}
-    return {"settings": settings, "task": args.task, "history": [],
-            "config": vars(model.config), "encoder": encoder}
+    return {"settings": settings, "task": args.task, "classes": list(classes),
+            "n_texts": len(split.texts[0]), "config": vars(model.config), "encoder": encoder,
+            "history": []}
 
 
 def run(argv):
     args, checkpoint = arguments(argv)
+    file = args.resume or args.eval_only
     device = pick_device(args.device)
     complete(args, device)
     be_deterministic(device)
     start_processes(device)
-    splits, n_out, metrics = load_task(args.task, args.data_dir)
+    if args.predict:
+        splits = {"lines": read_texts(args.predict, checkpoint["n_texts"])}
+        classes, metrics = checkpoint["classes"], None
+    elif args.export:
+        splits, classes, metrics = {}, checkpoint["classes"], None
+    else:
+        splits, classes, metrics = load_task(args)
+        if checkpoint and checkpoint["classes"] != list(classes):
+            raise ValueError(f"{file} was trained on the classes {short(checkpoint['classes'])}, "
+                             f"{args.task} has {short(classes)}")
     with master_first():  # it may have to pretrain the toy encoder
-        folder = find_encoder(args, device)
+        folder = find_encoder(args, checkpoint, device)
     if args.init_from:
-        args.init_from = str(folder.resolve())  # for --resume, from wherever
+        args.init_from = str(folder.resolve())
 
     torch.manual_seed(args.seed)
-    model = build(args, folder, n_out).to(device)
+    model = build(args, folder, len(classes) or 1).to(device)
+    if args.eval_only:
+        checkpoints.load_weights(checkpoint["weights"], model, file)
+    if args.export:
+        peft_format.export(model, args.method, folder, args.export)
+        print(args.export)
+        return
     forward = fast_forward(model, args, device)
     tok = tokenizer.load(folder)
     if tok.vocab_size > model.config.vocab_size:
@@ -443,14 +569,17 @@ def run(argv):
                          f"the model {model.config.vocab_size}")
     max_len = min(args.max_len, model.config.max_len)
     data = {name: Encoded(split, tok, max_len, device) for name, split in splits.items()}
+    if args.predict:
+        outputs = outputs_of(model, forward, data["lines"], args.batch_size)
+        if IS_MASTER:
+            print_predictions(outputs, classes)
+        return
 
-    if checkpoint:
-        checkpoints.check_encoder(folder, checkpoint, args.resume or args.eval_only)
-    else:
-        checkpoint = new_checkpoint(args, folder, model)
+    if not checkpoint:
+        checkpoint = new_checkpoint(args, folder, model, classes, splits["train"])
     if not args.eval_only:
         train(model, forward, data, metrics, args, checkpoint)
-    model.load_state_dict(checkpoint["weights"], strict=False)  # of the best epoch
+        checkpoints.load_weights(checkpoint["weights"], model, args.out)  # of the best epoch
     figures = {name: evaluate(model, forward, split, metrics, args.batch_size)
                for name, split in data.items() if name != "train"}
     if IS_MASTER:
@@ -458,8 +587,6 @@ def run(argv):
             checkpoint["results"] = figures
             checkpoints.save(checkpoint, args.out)
         report(args, model, checkpoint, figures, len(splits["train"].labels))
-    if PROCESSES > 1:
-        dist.destroy_process_group()
 
 
 def report(args, model, checkpoint, figures, examples):
@@ -486,7 +613,11 @@ def report(args, model, checkpoint, figures, examples):
 
 def main(argv=None):
     try:
-        run(argv)
+        run(sys.argv[1:] if argv is None else argv)
+        if PROCESSES > 1:
+            dist.destroy_process_group()
+    except BrokenPipeError:  # whoever read the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.exit(fail(error))
     except torch.OutOfMemoryError:
@@ -496,6 +627,7 @@ def main(argv=None):
 
 
 def fail(message):
+    message = " ".join(str(message).split())  # one line
     print(f"train.py: error: {message}", file=sys.stderr)
     return 2
 

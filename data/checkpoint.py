@@ -1,31 +1,98 @@
 """Checkpoints: what train.py writes, and train.py and analyze.py read."""
 
 import hashlib
+import io
 import os
 from pathlib import Path
 
 import torch
 
-from model import weights_file
+from model import Config, check, weights_file
+
+TENSORS = {str: torch.Tensor}
+EPOCH = {"epoch": int, "loss": float, "seconds": float, "validation": {str: float}}
+CHECKPOINT = {
+    "task": str,
+    "classes": [str],  # none: a regression
+    "n_texts": (int, 1, 2),
+    "settings": {"method": str, "targets": [str], "rank": int, "alpha": float},  # and others
+    "config": dict,  # model.Config's fields
+    "encoder": {"path": str, "sha256": str},
+    "history": [EPOCH],
+    "best_epoch": int,
+    "weights": TENSORS,  # of the best epoch: adapter and head
+    "last": TENSORS,
+    "optimizer": {int: TENSORS},
+    "rng": [TENSORS],  # a process
+}
 
 
 def save(checkpoint, file):
-    """Write the dict beside `file`, then rename it: a stopped run leaves the last whole one."""
-    partial = file.with_name(file.name + ".part")
-    torch.save(checkpoint, partial)
-    os.replace(partial, file)
+    """Write the dict as a file that `load` reads."""
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    write(file, buffer.getvalue())
+
+
+def write(file, data):
+    """Write bytes beside `file`, then rename that: a stopped run leaves the last whole one."""
+    partial = beside(file)
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def check_writable(file, option):
+    """Raise ValueError now where `write` could not write what `option` names later."""
+    if file.exists() and not file.is_file():
+        raise ValueError(f"{option} {file} cannot be written: it is no file")
+    try:
+        beside(file).write_bytes(b"")
+        beside(file).unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{option} {str(file)[:150]} cannot be written: {reason}") from None
+
+
+def beside(file):
+    return file.with_name(file.name + ".part")
 
 
 def load(file):
-    """The dict that `save` wrote. Raises FileNotFoundError or ValueError where there is none."""
+    """The dict that `save` wrote. Raises FileNotFoundError or ValueError where it is not one."""
     if not Path(file).is_file():
         raise FileNotFoundError(f"no checkpoint {file}: python train.py writes one")
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        checkpoint["settings"], checkpoint["weights"], checkpoint["encoder"]["sha256"]
-    except Exception:  # of many kinds: not PyTorch's, not plain tensors, or somebody else's file
+    except Exception:  # of many kinds: not PyTorch's, not plain tensors, cut short
         raise ValueError(f"{file} is not a checkpoint of train.py") from None
+    try:
+        check(checkpoint, CHECKPOINT, "it")
+        Config(**checkpoint["config"])
+        epochs = [epoch["epoch"] for epoch in checkpoint["history"]]
+        if not epochs or epochs != list(range(1, len(epochs) + 1)):
+            raise ValueError("its history is not of epochs 1, 2, ...")
+        if not all(epoch["validation"] for epoch in checkpoint["history"]):
+            raise ValueError("its history has no validation figures")
+        check(checkpoint["best_epoch"], (int, 1, len(epochs)), "its best epoch")
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{file} is not a checkpoint of this train.py: "
+                         f"{str(error)[:150]}") from None
     return checkpoint
+
+
+def load_weights(weights, model, file):
+    """Put `weights`, of the checkpoint in `file`, into what trains of `model`."""
+    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name in sorted(wanted.keys() | weights.keys()):
+        shapes = [tuple(x[name].shape) if name in x else "not there" for x in (weights, wanted)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{file}: {name[:60]} is {str(shapes[0])[:60]}, "
+                             f"in the model {shapes[1]}")
+    model.load_state_dict(weights, strict=False)
 
 
 def sha256(folder):
@@ -34,11 +101,16 @@ def sha256(folder):
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def check_encoder(folder, checkpoint, file):
-    """Raise ValueError where `folder` does not hold the encoder of the checkpoint in `file`."""
+def find_encoder(checkpoint, file, init_from=None):
+    """The folder of the checkpoint's encoder, or `init_from`, if its weights are the same."""
+    folder = Path(init_from or checkpoint["encoder"]["path"])
+    if not folder.is_dir():
+        raise FileNotFoundError(f"the encoder of {file} is not at {str(folder)[:150]}: "
+                                f"say where it is with --init_from")
     if sha256(folder) != checkpoint["encoder"]["sha256"]:
         raise ValueError(f"{weights_file(folder)} is not the encoder of {file}: its SHA-256 "
                          f"differs. Say where that one is with --init_from")
+    return folder
 
 
 def pack_state(model, optimizer):
@@ -48,10 +120,18 @@ def pack_state(model, optimizer):
     return {"last": trained_weights(model), "optimizer": state}
 
 
-def unpack_state(checkpoint, model, optimizer):
+def unpack_state(checkpoint, model, optimizer, file):
     """Put what pack_state packed back in its place."""
-    model.load_state_dict(checkpoint["last"], strict=False)
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
+    load_weights(checkpoint["last"], model, file)
+    state = optimizer.state_dict()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = {i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+              for i, p in enumerate(parameters)}
+    given = {i: {name: value.shape for name, value in values.items()}
+             for i, values in checkpoint["optimizer"].items()}
+    if given != shapes:
+        raise ValueError(f"{file}: its optimizer's state does not fit the model")
+    optimizer.load_state_dict(state | {"state": checkpoint["optimizer"]})
 
 
 def pack_generators(device):
@@ -62,10 +142,13 @@ def pack_generators(device):
     return states
 
 
-def unpack_generators(states, device):
-    torch.set_rng_state(states["cpu"])
-    if device.type == "cuda" and "cuda" in states:
-        torch.cuda.set_rng_state(states["cuda"], device)
+def unpack_generators(states, device, file):
+    try:
+        torch.set_rng_state(states["cpu"])
+        if device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], device)
+    except (RuntimeError, TypeError, KeyError):
+        raise ValueError(f"{file}: its random generators' state is damaged") from None
 
 
 def trained_weights(model):

@@ -19,7 +19,7 @@ class Task(NamedTuple):
     folder: str
     texts: tuple  # columns, by header name: one sentence or two
     label: str  # column
-    classes: tuple  # in the order of their ids; none: a score, that is a regression
+    classes: tuple  # in the order of their ids; (): a score, that is a regression; None: any text
     devs: tuple = ("dev",)
 
 
@@ -51,18 +51,27 @@ def load(task, root):
     task is "cola", "sst2", ... or the folder's name, root the folder that holds those folders.
     Raises ValueError or FileNotFoundError saying which file and line.
     """
-    task = TASKS[canonical(task)]
+    name = canonical(task)
+    task = TASKS[name]
     folder = Path(root) / task.folder
-    whole = read(task, folder / "train.tsv")
-    order = np.random.default_rng(0).permutation(len(whole.texts))
-    held_out = max(1, len(order) // 10)
-    splits = {
-        "train": rows_of(whole, order[held_out:]),
-        "validation": rows_of(whole, order[:held_out]),
-    }
-    for name, dev in zip(("test", "test_mismatched"), task.devs):
-        splits[name] = read(task, folder / f"{dev}.tsv")
+    files = [folder / f"{part}.tsv" for part in ("train", *task.devs)]
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"no {file}: python data/download.py {name} fetches it, "
+                                    f"--data_dir says where it is")
+    splits = held_out(read(task, files[0]), files[0])
+    for name, file in zip(("test", "test_mismatched"), files[1:]):
+        splits[name] = read(task, file)
     return splits
+
+
+def held_out(whole, file):
+    """{"train", "validation"}: a fixed tenth of the rows is held out."""
+    order = np.random.default_rng(0).permutation(len(whole.texts))
+    size = max(1, len(order) // 10)
+    if len(order) < 2:
+        raise ValueError(f"{file} has one row: one more is needed, to be held out")
+    return {"train": rows_of(whole, order[size:]), "validation": rows_of(whole, order[:size])}
 
 
 def rows_of(split, numbers):
@@ -78,10 +87,8 @@ def canonical(task):
     return name
 
 
-def read(task, file):
-    if not file.is_file():
-        raise FileNotFoundError(f"no {file}: python data/download.py {canonical(task.folder)} "
-                                f"fetches it, --data_dir says where it is")
+def rows_of_file(file):
+    """The lines of a TSV file, each as a list of its columns."""
     # Lines end at \n and nowhere else, columns at \t; a double quote is a character like any other.
     # MRPC begins with a byte-order mark, which utf-8-sig takes off.
     try:
@@ -89,10 +96,17 @@ def read(task, file):
             rows = [line.rstrip("\r\n").split("\t") for line in lines]
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error}") from None
+    if not rows:
+        raise ValueError(f"{file} is empty")
+    return rows
+
+
+def read(task, file):
+    rows = rows_of_file(file)
     if task.folder == "CoLA":  # the one file without a header
         header, first = ["source", "label", "original_label", "sentence"], 1
     else:
-        header, first = rows.pop(0) if rows else [], 2
+        header, first = rows.pop(0), 2
     for column in (*task.texts, task.label):
         if column not in header:
             raise ValueError(f"{file}, line 1: no column {column!r} in the header")
@@ -112,9 +126,11 @@ def read(task, file):
 
 
 def read_label(task, text, where):
+    if task.classes is None:
+        return text
     if task.classes:
         if text not in task.classes:
-            raise ValueError(f"{where}: label {text!r}, "
+            raise ValueError(f"{where}: label {text!r:.40}, "
                              f"expected one of {', '.join(task.classes)}")
         return task.classes.index(text)
     try:
@@ -122,7 +138,7 @@ def read_label(task, text, where):
     except ValueError:
         score = math.nan
     if not 0 <= score <= 5:
-        raise ValueError(f"{where}: score {text!r}, expected a number from 0 to 5")
+        raise ValueError(f"{where}: score {text!r:.40}, expected a number from 0 to 5")
     return score
 
 

@@ -62,10 +62,11 @@ def test_a_fresh_clone_pretrains_once_trains_and_reports_the_same_figures_again(
     assert first.returncode == 0, first.stderr
     table = dict(line.split(maxsplit=1) for line in first.stdout.splitlines()[1:])
     assert table["task"] == "toy" and table["adapter"].startswith("parameters  2,048 (1.00% of the encoder's 205,760)")
-    assert "pretraining the toy encoder" in first.stderr and "toy condlora: 100%" in first.stderr
+    assert first.stderr == ""  # bars are for terminals
+    pretrained = (tmp_path / "data/models/toy-25/model.safetensors").stat().st_mtime_ns
     assert (tmp_path / "ckpt.pt").is_file() and table["checkpoint"] == "ckpt.pt"
     again = command("--eval_only", "ckpt.pt")
-    assert again.returncode == 0 and "pretraining" not in again.stderr
+    assert again.returncode == 0 and (tmp_path / "data/models/toy-25/model.safetensors").stat().st_mtime_ns == pretrained
     figures = [[line for line in out.splitlines() if line.startswith(("validation", "test"))] for out in (first.stdout, again.stdout)]
     assert figures[0] == figures[1] and len(figures[0]) == 2
 
@@ -201,12 +202,12 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--task", "xnli"], "--task is 'xnli': there are toy, toy-agree, cola"),
+    (["--task", "xnli"], "'xnli' is neither a folder nor one of toy, toy-agree, cola"),
     (["--method", "dora"], "invalid choice: 'dora'"),
     (["--rank", "9"], "rank is 9: for layers.0.attention.query"),
-    (["--rank", "0"], "argument --rank: invalid positive int value: '0'"),
+    (["--rank", "0"], "argument --rank: '0' is no whole number from 1 to"),
     (["--lr", "nan"], "argument --lr"),
-    (["--warmup", "2"], "--warmup is 2: it is a share"),
+    (["--warmup", "2"], "argument --warmup: '2' is no number from 0 to 1"),
     (["--grad_clip", "-1"], "argument --grad_clip"),
     (["--targets", "q_proj"], "no nn.Linear is named 'q_proj'"),
     (["--targets", "dense"], "no nn.Linear is named 'dense'"),  # only the head has one
@@ -239,7 +240,7 @@ def test_a_checkpoint_that_does_not_fit_is_said(little, capsys, tmp_path, bert_f
     assert "bad.pt is not a checkpoint of train.py" in fails(["--eval_only", "bad.pt"], capsys)
     moved = tmp_path / "moved"
     bert_folder.rename(moved)
-    assert "no folder" in fails(["--eval_only", "ckpt.pt"], capsys)
+    assert "is not at" in fails(["--eval_only", "ckpt.pt"], capsys)
     run(["--eval_only", "ckpt.pt", "--init_from", moved], capsys)
     state = torch.load(moved / "pytorch_model.bin", weights_only=True)
     state["bert.embeddings.word_embeddings.weight"] += 1

@@ -1,0 +1,98 @@
+"""Adapters as Hugging Face's PEFT stores them: adapter_config.json, adapter_model.safetensors.
+
+    export(model, "condlora", encoder_folder, folder)     # PeftModel.from_pretrained reads it
+    factors = read(folder, model)                         # A and B of somebody's LoRA adapter
+"""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+
+from condlora import AdaptedLinear
+from model import check, hf_name, read_json, read_safetensors, short, write_safetensors
+
+BASE = "base_model.model."  # before each name in PEFT's file
+
+
+def path_of(name, model_type):
+    """layers.0.attention.query -> roberta.encoder.layer.0.attention.self.query, and so on."""
+    name = hf_name(f"{name}.", model_type).rstrip(".")
+    return name if name.startswith("classifier") else f"{model_type}.{name}"
+
+
+def export(model, method, encoder, folder):
+    """Write the adapter, CondLoRA's as the LoRA that it makes, and the head into `folder`.
+
+    It is for transformers' AutoModelForSequenceClassification of `encoder`, with as many labels
+    as the head has outputs. Raises ValueError where there is no adapter.
+    """
+    if method not in ("lora", "condlora"):
+        raise ValueError(f"--method {method} has no adapter to export: use lora or condlora")
+    kind = model.config.model_type
+    tensors, targets = {}, []
+    for name, layer in model.named_modules():
+        if isinstance(layer, AdaptedLinear):
+            targets.append(path_of(name, kind))
+            for letter, factor in zip("AB", layer.factors()):
+                tensors[f"{BASE}{targets[-1]}.lora_{letter}.weight"] = factor.detach().cpu()
+            rank, alpha = layer.rank, layer.alpha
+    for name, parameter in model.head.named_parameters():
+        tensors[BASE + path_of(f"head.{name}", kind)] = parameter.detach().cpu()
+    settings = {
+        "peft_type": "LORA",
+        "task_type": "SEQ_CLS",
+        "base_model_name_or_path": str(Path(encoder).resolve()),
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": targets,
+        "modules_to_save": ["pooler", "classifier"] if kind == "bert" else ["classifier"],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def read(folder, model):
+    """{name of a layer of `model`: (A (r, d_in), B (d_out, r), scale)} of PEFT's LoRA adapter.
+
+    Raises ValueError or FileNotFoundError where the folder holds none, or one of another kind
+    (DoRA, ranks that differ) or of another encoder.
+    """
+    folder = Path(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"no {name} in {folder}: it should be a LoRA adapter of PEFT")
+    file = folder / "adapter_config.json"
+    settings = read_json(file)
+    positive = {"peft_type": str, "r": (int, 1, 10 ** 6), "lora_alpha": (float, 1e-30, 1e30)}
+    check(settings, positive, f"{file}")
+    wanted = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "rank_pattern": {},
+              "alpha_pattern": {}}
+    for name, value in wanted.items():
+        if (settings.get(name) or value) != value:
+            raise ValueError(f"{file}: {name} is {short(settings[name])}, which is not plain LoRA")
+    file = folder / "adapter_model.safetensors"
+    tensors = {re.sub(r"^base_model\.model\.", "", name): tensor
+               for name, tensor in read_safetensors(file).items()}
+    factors = {}
+    for name, module in model.named_modules():
+        key = path_of(name, model.config.model_type)
+        pair = [tensors.pop(f"{key}.lora_{letter}.weight", None) for letter in "AB"]
+        if not isinstance(module, torch.nn.Linear) or pair == [None, None]:
+            continue
+        d_out, d_in = module.weight.shape
+        for tensor, shape in zip(pair, ((settings["r"], d_in), (d_out, settings["r"]))):
+            if tensor is None or tensor.shape != shape:
+                given = "not there" if tensor is None else tuple(tensor.shape)
+                raise ValueError(f"{file}: a factor of {key} is {given}, expected {shape}")
+        factors[name] = (*pair, settings["lora_alpha"] / settings["r"])
+    left = [name for name in tensors if ".lora_" in name]
+    if left or not factors:
+        raise ValueError(f"{file} is not of this encoder, a {model.config.model_type}: "
+                         f"{short(left[0]) if left else 'it has no lora_A'}")
+    return factors
