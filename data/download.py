@@ -20,6 +20,7 @@ import tempfile
 import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from pathlib import Path
 
 from tqdm import tqdm
@@ -32,6 +33,7 @@ ARCHIVES = {
     "cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B", "qqp": "QQP-clean", "mnli": "MNLI",
     "qnli": "QNLIv2", "rte": "RTE", "wnli": "WNLI",
 }
+MOST_UNPACKED = 50  # times an archive's size
 FOLDERS = ARCHIVES | {"qqp": "QQP", "qnli": "QNLI", "mrpc": "MRPC"}
 
 
@@ -68,10 +70,10 @@ def hub_model(name, folder):
     config = fetch_or_fail(f"{base}/config.json", folder)
     try:
         kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         raise ValueError(f"{base}/config.json is no JSON object") from None
     if kind not in ("bert", "roberta", "mpnet"):
-        raise ValueError(f"{name} is a model of type {kind!r}: "
+        raise ValueError(f"{name} is a model of type {repr(kind)[:40]}: "
                          f"this project reads bert, roberta and mpnet")
     for file in ("vocab.json", "merges.txt") if kind == "roberta" else ("vocab.txt",):
         fetch_or_fail(f"{base}/{file}", folder)
@@ -112,16 +114,24 @@ def split_mrpc(sentences, dev_ids, folder):
 
 
 def unpack(archive, folder):
-    """Unpack a zip into `folder`, unless a member would land outside of it: then ValueError."""
+    """Unpack a zip into `folder`.
+
+    Raises ValueError where it is damaged, where a member would land outside of the folder, and
+    where it would unpack to more than MOST_UNPACKED times its size (text packs 3 to 10 times).
+    """
     try:
         with zipfile.ZipFile(archive) as zipped:
             for name in zipped.namelist():
                 if not (folder / name).resolve().is_relative_to(folder.resolve()):
-                    raise ValueError(f"{archive.name} is refused: "
-                                     f"its member {name!r} would land outside of the folder")
+                    raise ValueError(f"{archive.name} is refused: its member {name!r:.60} would "
+                                     f"land outside of the folder")
+            size = sum(member.file_size for member in zipped.infolist())
+            if size > max(MOST_UNPACKED * archive.stat().st_size, 1 << 20):
+                raise ValueError(f"{archive.name} is refused: it would unpack to {size:,} bytes, "
+                                 f"more than {MOST_UNPACKED} times its own")
             zipped.extractall(folder)
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"{archive.name} is no whole zip file ({error}); "
+    except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{archive.name} is no whole zip file ({str(error)[:80]}); "
                          f"run the command again") from None
 
 
@@ -142,9 +152,19 @@ def fetch_first(urls, folder):
         except urllib.error.HTTPError as error:
             # The hub says 401 of a repository that is not there.
             if error.code not in (401, 403, 404):
-                answer = f"{error.code} {error.reason}"
+                answer = f"{error.code} {' '.join(str(error.reason).split())[:100]}"
                 raise OSError(f"{url}: the server answered {answer}") from None
     return None
+
+
+def web():
+    """urllib's opener for the web alone: not for file:, ftp: and data:, nor redirected there."""
+    opener = urllib.request.OpenerDirector()
+    for name in ("Proxy", "Unknown", "HTTP", "HTTPS", "HTTPDefaultError", "HTTPRedirect"):
+        opener.add_handler(getattr(urllib.request, f"{name}Handler")())
+    opener.add_handler(urllib.request.HTTPErrorProcessor())
+    opener.addheaders = [("User-Agent", "condlora")]
+    return opener
 
 
 def fetch(url, file):
@@ -154,9 +174,11 @@ def fetch(url, file):
     """
     partial = file.with_name(file.name + ".part")
     try:
-        with urllib.request.urlopen(url, timeout=60) as answer, open(partial, "wb") as out:
-            expected = int(answer.headers.get("Content-Length") or 0) or None
-            with tqdm(desc=file.name, total=expected, unit="B", unit_scale=True) as bar:
+        with web().open(url, timeout=60) as answer, open(partial, "wb") as out:
+            expected = answer.headers.get("Content-Length", "")
+            expected = int(expected) if re.fullmatch("[0-9]{1,18}", expected) else None
+            with tqdm(desc=file.name, total=expected, unit="B", unit_scale=True,
+                      disable=None) as bar:
                 while chunk := answer.read(1 << 20):
                     out.write(chunk)
                     bar.update(len(chunk))
@@ -191,6 +213,7 @@ def main(argv=None):
 
 
 def fail(message):
+    message = " ".join(str(message).split())  # one line
     print(f"download.py: error: {message}", file=sys.stderr)
     return 2
 

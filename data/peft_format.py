@@ -5,6 +5,7 @@
 """
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -71,17 +72,20 @@ def read(folder, model):
     settings = read_json(file)
     positive = {"peft_type": str, "r": (int, 1, 10 ** 6), "lora_alpha": (float, 1e-30, 1e30)}
     check(settings, positive, f"{file}")
-    wanted = {"peft_type": "LORA", "use_dora": False, "use_rslora": False, "rank_pattern": {},
-              "alpha_pattern": {}}
+    wanted = {"peft_type": "LORA", "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}}
     for name, value in wanted.items():
         if (settings.get(name) or value) != value:
             raise ValueError(f"{file}: {name} is {short(settings[name])}, which is not plain LoRA")
+    scale = settings["lora_alpha"] / settings["r"]
+    if settings.get("use_rslora"):  # Kalajdzievski 2023, arXiv:2312.03732
+        scale = settings["lora_alpha"] / math.sqrt(settings["r"])
     file = folder / "adapter_model.safetensors"
-    tensors = {re.sub(r"^base_model\.model\.", "", name): tensor
-               for name, tensor in read_safetensors(file).items()}
+    # Of the encoder alone or with a head, which makes its name a part of each key.
+    prefix = rf"^base_model\.model\.({model.config.model_type}\.)?"
+    tensors = {re.sub(prefix, "", name): tensor for name, tensor in read_safetensors(file).items()}
     factors = {}
     for name, module in model.named_modules():
-        key = path_of(name, model.config.model_type)
+        key = path_of(name, model.config.model_type).removeprefix(f"{model.config.model_type}.")
         pair = [tensors.pop(f"{key}.lora_{letter}.weight", None) for letter in "AB"]
         if not isinstance(module, torch.nn.Linear) or pair == [None, None]:
             continue
@@ -90,7 +94,7 @@ def read(folder, model):
             if tensor is None or tensor.shape != shape:
                 given = "not there" if tensor is None else tuple(tensor.shape)
                 raise ValueError(f"{file}: a factor of {key} is {given}, expected {shape}")
-        factors[name] = (*pair, settings["lora_alpha"] / settings["r"])
+        factors[name] = (*pair, scale)
     left = [name for name in tensors if ".lora_" in name]
     if left or not factors:
         raise ValueError(f"{file} is not of this encoder, a {model.config.model_type}: "
