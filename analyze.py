@@ -426,8 +426,9 @@ def read_checkpoint(file, init_from, device):
                          f"A and B: train one with --method lora or condlora")
     folder = checkpoints.find_encoder(checkpoint, file, init_from)
     model = Transformer.from_pretrained(folder, checkpoint["config"]["n_out"])
-    adapt(model, settings["method"], settings["targets"], settings["rank"], settings["alpha"],
-          exclude=("head",))
+    with checkpoints.naming(file):
+        adapt(model, settings["method"], settings["targets"], settings["rank"], settings["alpha"],
+              exclude=("head",))
     model.head.requires_grad_(True)
     checkpoints.load_weights(checkpoint["weights"], model, file)
     model.double().to(device)
@@ -541,7 +542,7 @@ def run(args):
         there = "cuda or cpu" if torch.cuda.is_available() else "cpu"
         raise ValueError(f"--device {args.device} is not there: use {there}")
     if not args.checkpoint.exists():
-        raise FileNotFoundError(f"no {args.checkpoint}: train.py writes checkpoints")
+        raise FileNotFoundError(f"no checkpoint {args.checkpoint}: python train.py writes one")
     picture = args.svg or args.checkpoint.with_suffix(".svg")
     checkpoints.check_writable(picture, "--svg")
     if args.json:

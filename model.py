@@ -113,7 +113,11 @@ def check(value, kind, where):
 
 def short(value):
     """repr, cut where it is long."""
-    text = repr(value) if not isinstance(value, (int, dict, list)) else str(type(value).__name__)
+    if isinstance(value, (dict, list)):
+        return f"a {type(value).__name__}"
+    if type(value) is int and value.bit_length() > 64:
+        return f"an int of {value.bit_length()} bits"
+    text = repr(value)
     return text if len(text) <= 40 else text[:40] + "..."
 
 

@@ -52,6 +52,7 @@ LEARNING_RATE = {
 }
 EPOCHS = {"toy": 14, "glue": 20}
 BATCH_SIZE = {"toy": 32, "glue": 16}
+EXCLUDE = ["head"]  # from what is adapted: it trains as a whole
 
 
 # Training ----------------------------------------------------------------------------------------
@@ -283,7 +284,7 @@ def build(args, folder, n_out):
     """The encoder, adapted; what shall train requires a gradient, nothing else does."""
     model = Transformer.from_pretrained(folder, n_out)
     if args.method in ("condlora", "lora"):
-        adapt(model, args.method, args.targets, args.rank, args.alpha, exclude=("head",))
+        adapt(model, args.method, args.targets, args.rank, args.alpha, EXCLUDE)
     elif args.method == "head":
         model.requires_grad_(False)
     model.head.requires_grad_(True)
@@ -366,7 +367,8 @@ def arguments(argv):
     checkpoint = checkpoints.load(file)
     # The checkpoint's settings, as words, stand before the command line's own.
     words = ["--out", str(file)]
-    for name, value in checkpoint["settings"].items():
+    settings = {name: value for name, value in checkpoint["settings"].items() if name != "exclude"}
+    for name, value in settings.items():
         if name not in vars(args) or name in NOT_KEPT:
             raise ValueError(f"{file} has a setting {name!r:.40} that there is not")
         if value is True:
@@ -378,7 +380,7 @@ def arguments(argv):
     except ValueError as error:
         raise ValueError(f"{file} has a setting that is none: {str(error)[:150]}") from None
     args = parser.parse_args([*words, *argv])
-    for name in checkpoint["settings"]:
+    for name in settings:
         given, value = getattr(args, name), getattr(trained, name)
         if given != value and name not in ("init_from", "data_dir", "dtype"):
             raise ValueError(f"--{name} {given} contradicts {file}, trained with {value}: "
@@ -527,6 +529,7 @@ def new_checkpoint(args, folder, model, classes, split):
     settings = {name: str(value) if isinstance(value, Path) else value
                 for name, value in vars(args).items() if name not in NOT_KEPT}
     encoder = {"path": str(folder.resolve()), "sha256": checkpoints.sha256(folder)}
+    settings["exclude"] = EXCLUDE  # for load_adapter
     return {"settings": settings, "task": args.task, "classes": list(classes),
             "n_texts": len(split.texts[0]), "config": vars(model.config), "encoder": encoder,
             "history": []}
@@ -555,7 +558,8 @@ def run(argv):
         args.init_from = str(folder.resolve())
 
     torch.manual_seed(args.seed)
-    model = build(args, folder, len(classes) or 1).to(device)
+    with checkpoints.naming(file):
+        model = build(args, folder, len(classes) or 1).to(device)
     if args.eval_only:
         checkpoints.load_weights(checkpoint["weights"], model, file)
     if args.export:
@@ -568,7 +572,8 @@ def run(argv):
         raise ValueError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, "
                          f"the model {model.config.vocab_size}")
     max_len = min(args.max_len, model.config.max_len)
-    data = {name: Encoded(split, tok, max_len, device) for name, split in splits.items()}
+    with checkpoints.naming(file):
+        data = {name: Encoded(split, tok, max_len, device) for name, split in splits.items()}
     if args.predict:
         outputs = outputs_of(model, forward, data["lines"], args.batch_size)
         if IS_MASTER:

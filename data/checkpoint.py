@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -10,13 +11,13 @@ import torch
 from model import Config, check, weights_file
 
 TENSORS = {str: torch.Tensor}
-EPOCH = {"epoch": int, "loss": float, "seconds": float, "validation": {str: float}}
+EPOCH = {"epoch": int, "loss": float, "seconds": (float, 1e-9, 1e9), "validation": {str: float}}
 CHECKPOINT = {
     "task": str,
     "classes": [str],  # none: a regression
     "n_texts": (int, 1, 2),
     "settings": {"method": str, "targets": [str], "rank": int, "alpha": float},  # and others
-    "config": dict,  # model.Config's fields
+    "config": {"n_out": int},  # and model.Config's other fields
     "encoder": {"path": str, "sha256": str},
     "history": [EPOCH],
     "best_epoch": int,
@@ -95,6 +96,15 @@ def load_weights(weights, model, file):
     model.load_state_dict(weights, strict=False)
 
 
+@contextmanager
+def naming(file):
+    """A ValueError in this block begins with the checkpoint's file, if there is one."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}" if file else str(error)) from None
+
+
 def sha256(folder):
     """Of the weights in a pretrained model's folder."""
     with open(weights_file(folder), "rb") as opened:
@@ -104,10 +114,12 @@ def sha256(folder):
 def find_encoder(checkpoint, file, init_from=None):
     """The folder of the checkpoint's encoder, or `init_from`, if its weights are the same."""
     folder = Path(init_from or checkpoint["encoder"]["path"])
-    if not folder.is_dir():
-        raise FileNotFoundError(f"the encoder of {file} is not at {str(folder)[:150]}: "
-                                f"say where it is with --init_from")
-    if sha256(folder) != checkpoint["encoder"]["sha256"]:
+    try:
+        is_the_same = sha256(folder) == checkpoint["encoder"]["sha256"]
+    except OSError:
+        raise FileNotFoundError(f"the encoder of {file} is not at {str(folder)[:100]}: "
+                                f"say where it is with --init_from") from None
+    if not is_the_same:
         raise ValueError(f"{weights_file(folder)} is not the encoder of {file}: its SHA-256 "
                          f"differs. Say where that one is with --init_from")
     return folder
@@ -129,7 +141,8 @@ def unpack_state(checkpoint, model, optimizer, file):
               for i, p in enumerate(parameters)}
     given = {i: {name: value.shape for name, value in values.items()}
              for i, values in checkpoint["optimizer"].items()}
-    if given != shapes:
+    numbers = [x for values in checkpoint["optimizer"].values() for x in values.values()]
+    if given != shapes or not all(x.is_floating_point() for x in numbers):
         raise ValueError(f"{file}: its optimizer's state does not fit the model")
     optimizer.load_state_dict(state | {"state": checkpoint["optimizer"]})
 

@@ -2,12 +2,14 @@
 
 import json
 import re
+import subprocess
+import sys
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_encoder
+from conftest import ROOT, write_encoder
 
 import analyze
 import train
@@ -292,3 +294,23 @@ def test_a_mistake_gets_one_line_and_exit_status_2(checkpoint, capsys, tmp_path,
     state["bert.embeddings.LayerNorm.bias"] += 1
     write_encoder(moved, state=state)
     assert "SHA-256 differs" in fails(capsys, lora, "--init_from", moved)
+
+
+def test_a_peft_adapter_is_analysed_as_the_checkpoint_that_it_was_exported_from(checkpoint, capsys, tmp_path, bert_folder):
+    lora = checkpoint("lora", "--targets", "query", "fc2")
+    train.main(["--eval_only", str(lora), "--export", str(tmp_path / "peft")])
+    tables = [json.load(open("out.json")) for arguments in ([lora], [tmp_path / "peft", "--init_from", bert_folder])
+              if run(capsys, *arguments, "--json", "out.json")]
+    for name in ("condition", "likeness", "amplification"):
+        assert tables[0][name] == tables[1][name]
+    assert "say where its encoder is" in fails(capsys, tmp_path / "peft")
+    assert "no adapter_config.json in" in fails(capsys, bert_folder, "--init_from", bert_folder)
+    config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    (tmp_path / "peft/adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
+    assert "use_dora is True, which is not plain LoRA" in fails(capsys, tmp_path / "peft", "--init_from", bert_folder)
+
+
+def test_a_reader_that_leaves_early_is_no_error(checkpoint):
+    done = subprocess.run(f"{sys.executable} {ROOT / 'analyze.py'} {checkpoint('lora')} | head -n 1; exit ${{PIPESTATUS[0]}}",
+                          shell=True, executable="/bin/bash", capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("sst2, lora")

@@ -7,8 +7,8 @@ import torch
 import torch.nn as nn
 
 import train
-from condlora import (CondLoRALinear, LoRALinear, adapt, adapted_layers, adapter_parameters, merge,
-                      merge_and_unload, to_lora, unmerge)
+from condlora import (CondLoRALinear, LoRALinear, adapt, adapted_layers, adapter_parameters,
+                      load_adapter, merge, merge_and_unload, save_adapter, to_lora, unmerge)
 from model import Config, Transformer
 
 
@@ -273,6 +273,7 @@ def test_a_layer_under_two_names_is_adapted_under_both():
     ({"rank": 0}, "rank is 0.*from 1 to 16"),
     ({"rank": 17}, "rank is 17.*layers.0.attention.query.*from 1 to 16"),
     ({"method": "dora"}, "'dora'.*'lora' or 'condlora'"),
+    ({"alpha": float("inf")}, "alpha is inf"),
 ])
 def test_a_wrong_argument_is_named_and_leaves_the_model_as_it_was(arguments, words):
     model = encoder()
@@ -285,3 +286,66 @@ def test_a_wrong_argument_is_named_and_leaves_the_model_as_it_was(arguments, wor
 def test_adapting_twice_is_refused():
     with pytest.raises(ValueError, match="adapted already"):
         adapt(adapt(encoder(), "lora"), "condlora", targets="key")
+
+
+@pytest.mark.parametrize("method", ["lora", "condlora"])
+def test_a_saved_adapter_gives_a_fresh_model_the_same_output(tmp_path, method):
+    model = trained(adapt(encoder(), method, ("query", "fc1"), rank=2, alpha=3))
+    save_adapter(model, tmp_path / "adapter.pt")
+    fresh = load_adapter(encoder(), tmp_path / "adapter.pt")
+    assert torch.equal(fresh(IDS), model(IDS))
+    saved = torch.load(tmp_path / "adapter.pt", weights_only=True)["weights"]
+    assert sum(w.numel() for w in saved.values()) == sum(p.numel() for p in adapter_parameters(model))
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_the_reason_named(tmp_path):
+    file = tmp_path / "adapter.pt"
+    model = trained(adapt(encoder(), "lora", rank=2, alpha=3))
+    save_adapter(model, file)
+    for change, words in (({"method": "condlora"}, "method is lora, in the model condlora"),
+                          ({"alpha": 6}, "alpha is 3.0, in the model 6.0"),
+                          ({"rank": 4}, "rank is 2, in the model 4"),
+                          ({"targets": ("query",)}, "targets is")):
+        settings = {"method": "lora", "rank": 2, "alpha": 3} | change
+        with pytest.raises(ValueError, match=words):
+            load_adapter(adapt(encoder(), **settings), file)
+    with pytest.raises(ValueError, match=r"A is \(2, 16\), in the model not there"):
+        load_adapter(encoder(layers=2), file)
+    with pytest.raises(ValueError, match="A is not there, in the model"):
+        load_adapter(encoder(layers=4), file)
+    with pytest.raises(ValueError, match=r"\(2, 16\), in the model \(2, 32\)"):
+        load_adapter(encoder(d=32), file)
+    file.write_text("x")
+    with pytest.raises(ValueError, match="adapter.pt holds no adapter"):
+        load_adapter(encoder(), file)
+    with pytest.raises(ValueError, match="not adapted"):
+        save_adapter(encoder(), file)
+
+
+@pytest.mark.parametrize("method", ["lora", "condlora"])
+def test_a_weight_that_another_module_holds_too_stays_that_modules(method):
+    model = nn.ModuleDict({"embedding": nn.Embedding(20, 8), "lm_head": nn.Linear(8, 20, bias=False)})
+    model["lm_head"].weight = model["embedding"].weight
+    W0 = model["embedding"].weight.clone()
+    trained(adapt(model, method, "lm_head", rank=2))
+    x = torch.randn(3, 8)
+    expected = model["lm_head"](x)
+    merge_and_unload(model)
+    assert torch.allclose(model["lm_head"](x), expected, atol=1e-5)
+    assert torch.equal(model["embedding"].weight, W0)
+
+
+def test_a_weight_that_is_not_the_layers_own_to_read_is_refused():
+    hooked = nn.ModuleDict({"query": nn.utils.spectral_norm(nn.Linear(4, 4))})
+    with pytest.raises(ValueError, match="weight of query is computed by a hook"):
+        adapt(hooked, targets="query", rank=2)
+    fast = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+    with pytest.raises(ValueError, match="layers.0.linear1 is part of an nn.TransformerEncoderLayer"):
+        adapt(fast, targets="linear1", rank=2)
+
+
+def test_adapters_are_float32_whatever_the_models_dtype():
+    for method in ("lora", "condlora"):
+        model = adapt(encoder().bfloat16(), method)
+        assert {p.dtype for p in adapter_parameters(model)} == {torch.float32}
+        assert model(IDS).dtype == torch.bfloat16

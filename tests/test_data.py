@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from data import download, glue, toy
+from data import download, glue, own, toy
 
 HEADERS = {"sst2": "sentence\tlabel", "mrpc": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
            "stsb": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
@@ -174,9 +174,9 @@ def server(monkeypatch):
     running.server_close()
 
 
-def zipped(members):
+def zipped(members, compression=zipfile.ZIP_STORED):
     raw = io.BytesIO()
-    with zipfile.ZipFile(raw, "w") as archive:
+    with zipfile.ZipFile(raw, "w", compression) as archive:
         for name, text in members.items():
             archive.writestr(name, text)
     return raw.getvalue()
@@ -235,12 +235,24 @@ BERT = {"/b/resolve/main/config.json": b'{"model_type": "bert"}', "/b/resolve/ma
     ("b", BERT, "b has neither model.safetensors nor pytorch_model.bin"),
     ("b", BERT | {"/b/resolve/main/model.safetensors": (b"w" * 50, 90)}, "model.safetensors: the connection broke after 50 of 90 bytes"),
     ("../b", {}, "neither a GLUE task"),
+    ("rte", {"/glue/RTE.zip": zipped({"RTE/train.tsv": "0" * (3 << 20)}, zipfile.ZIP_DEFLATED)}, "RTE.zip is refused: it would unpack to 3,145,728"),
+    ("b", {"/b/resolve/main/config.json": b"[" * 5000}, "config.json is no JSON object"),
 ])
 def test_what_goes_wrong_is_said_and_nothing_half_is_left(server, tmp_path, name, served, words):
     server[0].update(served)
     with pytest.raises((ValueError, OSError), match=words):
         download.get(name, tmp_path / "data")
     assert everything_under(tmp_path) == []
+
+
+@pytest.mark.parametrize("endpoint", ["file://", "ftp://127.0.0.1", "data:,"])
+def test_only_the_web_is_asked(tmp_path, monkeypatch, endpoint):
+    folder = tmp_path / "b/resolve/main"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"model_type": "bert"}')
+    monkeypatch.setenv("HF_ENDPOINT", endpoint + str(tmp_path))
+    with pytest.raises(OSError, match="unknown url type"):
+        download.get("b", tmp_path / "data")
 
 
 def test_no_server_is_said_in_one_line_with_exit_status_2(tmp_path, monkeypatch, capsys):
@@ -250,3 +262,57 @@ def test_no_server_is_said_in_one_line_with_exit_status_2(tmp_path, monkeypatch,
         download.main(["rte"])
     assert stop.value.code == 2 and everything_under(tmp_path) == []
     assert capsys.readouterr().err.count("\n") == 1
+
+
+# Your own data -------------------------------------------------------------------------------------------------------
+
+def write_own(folder, train, dev=None, header="text\tlabel"):
+    folder.mkdir(exist_ok=True)
+    for name, rows in (("train", train), ("dev", dev)):
+        if rows is not None:
+            (folder / f"{name}.tsv").write_text("\n".join([header, *rows]) + "\n")
+    return folder
+
+
+def test_a_folder_of_ones_own_is_a_task_with_its_labels_in_sorted_order(tmp_path):
+    rows = [f"sentence {i}\t{('so so', 'good', 'bad')[i % 3]}" for i in range(30)]
+    splits, classes = own.load(write_own(tmp_path / "mine", rows, rows[:2]))
+    assert classes == ("bad", "good", "so so")
+    assert (splits["test"].texts, splits["test"].labels) == ([("sentence 0",), ("sentence 1",)], [2, 1])
+    assert len(splits["train"].labels) == 27 and len(splits["validation"].labels) == 3
+    rows = [f"a\tb {i}\t{i / 4}" for i in range(10)]
+    splits, classes = own.load(write_own(tmp_path / "pairs", rows, header="text1\ttext2\tlabel"), regression=True)
+    assert classes == () and sorted(splits) == ["train", "validation"]
+    assert sorted(splits["train"].labels + splits["validation"].labels) == [i / 4 for i in range(10)]
+
+
+def test_accuracy_and_macro_f1_are_scikit_learns():
+    metrics = own.metrics(("a", "b", "c", "d"))
+    found = metrics(np.array([0, 1, 2, 2, 1, 0, 0]), np.array([0, 1, 2, 1, 1, 2, 1]))
+    # accuracy_score, and f1_score(average="macro"), in which the absent class d does not count
+    assert found == pytest.approx({"accuracy": 4 / 7, "macro_f1": 0.5555555555555555})
+    found = metrics(np.array([0, 3]), np.array([0, 1]))
+    assert found == pytest.approx({"accuracy": 1 / 2, "macro_f1": 1 / 3})
+
+
+@pytest.mark.parametrize("train, dev, header, words", [
+    (["a\t1"], None, "text\tlabel", "train.tsv has one label only"),
+    (["a\t1", "b\t2"], ["c\t3"], "text\tlabel", "dev.tsv, line 2: label '3' is not in train.tsv"),
+    (["a\t1", "b"], None, "text\tlabel", "train.tsv, line 3: 1 columns, expected 2"),
+    (["a\t1"], None, "sentence\tlabel", "line 1: no column 'text1'"),
+    ([], None, "text\tlabel", "train.tsv has no rows"),
+])
+def test_a_file_of_ones_own_that_is_wrong_is_named_with_its_line(tmp_path, train, dev, header, words):
+    with pytest.raises(ValueError, match=words):
+        own.load(write_own(tmp_path / "mine", train, dev, header))
+
+
+def test_a_regression_label_that_is_no_number_is_named(tmp_path):
+    with pytest.raises(ValueError, match="train.tsv, line 3: label 'x' is no number"):
+        own.load(write_own(tmp_path / "mine", ["a\t1.5", "b\tx"]), regression=True)
+
+
+def test_a_file_of_one_row_leaves_nothing_to_train_on(tmp_path):
+    write_task(tmp_path, "sst2", ["a\t1"])
+    with pytest.raises(ValueError, match="SST-2/train.tsv has one row"):
+        glue.load("sst2", tmp_path)

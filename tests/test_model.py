@@ -5,8 +5,9 @@ import struct
 
 import pytest
 import torch
-from conftest import hf_state, write_encoder
+from conftest import hf_config, hf_state, write_encoder
 
+from condlora import adapt, adapter_parameters, merge
 from model import Config, Dropout, Transformer, read_safetensors, relative_buckets
 
 # transformers' BertForSequenceClassification, Roberta... and MPNet..., on conftest's weights
@@ -187,3 +188,29 @@ def test_a_safetensors_header_that_contradicts_the_file_is_refused(tmp_path, ent
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
     with pytest.raises(ValueError, match=words):
         read_safetensors(tmp_path / "model.safetensors")
+
+
+def test_an_adapted_model_is_saved_merged_or_not_at_all(bert_folder, tmp_path):
+    model = adapt(Transformer.from_pretrained(bert_folder).eval(), "condlora", rank=2)
+    for parameter in adapter_parameters(model):
+        torch.nn.init.normal_(parameter)
+    with pytest.raises(ValueError, match="layers.0.attention.query is adapted: merge the model"):
+        model.save_pretrained(tmp_path)
+    merge(model).save_pretrained(tmp_path)
+    ids = torch.tensor([[2, 5, 6, 3]])
+    assert torch.equal(Transformer.from_pretrained(tmp_path).eval()(ids), model(ids))
+    names = read_safetensors(tmp_path / "model.safetensors")
+    assert sorted(names) == sorted(hf_state("bert", 2))
+
+
+@pytest.mark.parametrize("name, value", [
+    ("hidden_size", "8"), ("hidden_size", -8), ("hidden_size", 10 ** 18), ("hidden_size", 0),
+    ("num_hidden_layers", [2]), ("num_hidden_layers", 10 ** 7), ("num_attention_heads", True),
+    ("hidden_dropout_prob", 1.5), ("layer_norm_eps", "1e-5"), ("vocab_size", 10 ** 8),
+    ("max_position_embeddings", 0), ("hidden_act", ["gelu"]), ("model_type", {}),
+])
+def test_a_config_of_a_wrong_type_or_range_is_refused_in_one_line(bert_folder, name, value):
+    (bert_folder / "config.json").write_text(json.dumps(hf_config("bert") | {name: value}))
+    with pytest.raises(ValueError) as refused:
+        Transformer.from_pretrained(bert_folder)
+    assert "config.json" in str(refused.value) and len(str(refused.value)) < 400

@@ -1,5 +1,6 @@
 """The command line, end to end: what a run prints, writes, and says when it cannot."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -10,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, WORDS, write_encoder
-from test_data import write_task
+from test_data import write_own, write_task
 
 import train
+from condlora import load_adapter
 from data import checkpoint as checkpoints
 from data import glue, tokenizer
 from data.batches import shuffled
-from model import Transformer
+from model import Transformer, read_safetensors
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -221,10 +223,115 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
     (["--out", "nowhere/ckpt.pt"], "--out nowhere/ckpt.pt cannot be written"),
     (["--eval_only", "nowhere.pt"], "no checkpoint nowhere.pt"),
     (["--lr", "1e30"], "the loss is .* in epoch"),
+    (["--alpha", "1e300"], "argument --alpha: '1e300' is no number"),
+    (["--seed", "-1"], "argument --seed: '-1' is no whole number from 0 to 4294967295"),
+    (["--out", "/dev/full"], "--out /dev/full cannot be written: it is no file"),
+    (["--out", "a" * 252 + ".pt"], "cannot be written: File name too long"),
+    (["--log", "nowhere/log"], "--log nowhere/log cannot be written"),
 ])
 def test_a_mistake_gets_one_line_and_exit_status_2(little, capsys, arguments, words):
     import re
     assert re.search(words, fails([*little, *arguments], capsys))
+
+
+def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(little, capsys, monkeypatch, tmp_path, bert_folder):
+    rows = [f"the cat {'not ' * (i % 4)}{('warm', 'cold')[i % 2]}\t{('good', 'bad')[i % 2]}" for i in range(40)]
+    write_own(tmp_path / "mine", rows, rows[:9])
+    table, _ = run([*little, "--task", "mine", "--epochs", "4", "--log", "log.jsonl"], capsys)
+    assert table["task"] == str(tmp_path / "mine") and "macro_f1" in table["test"]
+    log = [json.loads(line) for line in open("log.jsonl")]
+    history = torch.load("ckpt.pt", weights_only=True)["history"]
+    assert [(e["epoch"], e["step"], e["loss"], e["accuracy"]) for e in log] == [
+        (e["epoch"], 3 * e["epoch"], e["loss"], e["validation"]["accuracy"]) for e in history]
+
+    model, tok = Transformer.from_pretrained(bert_folder), tokenizer.load(bert_folder)
+    load_adapter(model, "ckpt.pt").load_state_dict(torch.load("ckpt.pt", weights_only=True)["weights"], strict=False)
+    texts = [row.split("\t")[0] for row in rows[:6]]
+    expected = []
+    for text in texts:
+        logits = model.eval()(torch.tensor([tok.encode(text)[0]]))[0]
+        expected.append(f"{('bad', 'good')[logits.argmax()]}\t{logits.softmax(0).max():.4f}")
+    (tmp_path / "texts").write_text("\n".join(texts) + "\n")
+    train.main(["--eval_only", "ckpt.pt", "--predict", "texts", "--device", "cpu"])
+    assert capsys.readouterr().out.splitlines() == expected
+    monkeypatch.setattr("sys.stdin", open("texts"))
+    train.main(["--eval_only", "ckpt.pt", "--predict", "-", "--device", "cpu"])
+    assert capsys.readouterr().out.splitlines() == expected
+    (tmp_path / "texts").write_text("a\tb\n")
+    assert "texts, line 1: 2 texts" in fails(["--eval_only", "ckpt.pt", "--predict", "texts"], capsys)
+    assert "say which with --eval_only" in fails(["--predict", "texts"], capsys)
+    (tmp_path / "mine/train.tsv").write_text("text\tlabel\na\tx\nb\ty\n")
+    (tmp_path / "mine/dev.tsv").unlink()
+    assert "was trained on the classes" in fails(["--eval_only", "ckpt.pt"], capsys)
+
+
+def test_a_regression_of_ones_own_predicts_numbers(little, capsys, tmp_path):
+    write_own(tmp_path / "mine", [f"the cat\t{'warm ' * (i % 3)}\t{i % 3 - 1}" for i in range(30)], header="text1\ttext2\tlabel")
+    table, _ = run([*little, "--task", "mine", "--regression"], capsys)
+    assert "pearson" in table["validation"] and "test" not in table
+    (tmp_path / "texts").write_text("the cat\twarm\n")
+    train.main(["--eval_only", "ckpt.pt", "--predict", "texts", "--device", "cpu"])
+    assert abs(float(capsys.readouterr().out)) < 3
+    assert "--regression is for your own data" in fails([*little, "--regression"], capsys)
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet"])
+def test_an_exported_adapter_has_pefts_names_and_the_checkpoints_update(little, capsys, tmp_path, kind):
+    folder = write_encoder(tmp_path / "encoder", kind)
+    if kind != "bert":
+        (folder / "vocab.txt").write_text("\n".join(["<s>", "</s>", "<pad>", "<mask>", "[UNK]", *WORDS[5:]]) + "\n")
+    run([*little, "--init_from", folder, "--targets", "query", "out", "fc1"], capsys)
+    train.main(["--eval_only", "ckpt.pt", "--export", "peft", "--device", "cpu"])
+    settings = json.loads((tmp_path / "peft/adapter_config.json").read_text())
+    tensors = read_safetensors(tmp_path / "peft/adapter_model.safetensors")
+    # The names that PEFT 0.18 gives on transformers' three classifiers, written down from it.
+    attention = ("attention.attn.q", "attention.attn.o") if kind == "mpnet" else ("attention.self.query", "attention.output.dense")
+    modules = [f"{kind}.encoder.layer.{l}.{name}" for l in range(2) for name in (*attention, "intermediate.dense")]
+    head = ["bert.pooler.dense", "classifier"] if kind == "bert" else ["classifier.dense", "classifier.out_proj"]
+    assert settings["target_modules"] == modules and (settings["r"], settings["lora_alpha"]) == (2, 8)
+    assert sorted(tensors) == sorted([f"base_model.model.{m}.lora_{x}.weight" for m in modules for x in "AB"]
+                                     + [f"base_model.model.{m}.{x}" for m in head for x in ("weight", "bias")])
+    model = load_adapter(Transformer.from_pretrained(folder), "ckpt.pt")
+    A, B = (tensors[f"base_model.model.{modules[-1]}.lora_{x}.weight"] for x in "AB")
+    assert torch.equal(8 / 2 * B @ A, model.layers[1].fc1.delta().detach())
+    assert "no adapter to export" in fails(["--eval_only", head_checkpoint(little, capsys), "--export", "x"], capsys)
+
+
+def head_checkpoint(little, capsys):
+    run([*little, "--method", "head", "--out", "head.pt"], capsys)
+    return "head.pt"
+
+
+def test_what_a_killed_pretraining_left_is_cleaned_up(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "DATA", tmp_path)
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    (tmp_path / f"models/toy-1.part{dead.pid}").mkdir(parents=True)
+    (tmp_path / f"models/toy-1.part{os.getppid()}").mkdir()
+    train.toy_encoder(1, torch.device("cpu"))
+    assert sorted(file.name for file in (tmp_path / "models").iterdir()) == ["toy-1", f"toy-1.part{os.getppid()}"]
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda c: c["settings"].update(rank=50), "rank is 50"),
+    (lambda c: c["settings"].update(lr="x"), "--lr: 'x' is no number"),
+    (lambda c: c["settings"].update(help=True), "a setting 'help' that there is not"),
+    (lambda c: c["weights"].popitem(), "is not there, in the model"),
+    (lambda c: c["last"].update(x=torch.ones(1)), "x is (1,), in the model not there"),
+    (lambda c: c["optimizer"][0].update(exp_avg=torch.ones(1)), "optimizer's state does not fit"),
+    (lambda c: c["rng"][0].update(cpu=torch.ones(3)), "random generators' state is damaged"),
+    (lambda c: c["history"].clear(), "its history is not of epochs 1, 2"),
+    (lambda c: c["history"][0].update(validation={}), "no validation figures"),
+    (lambda c: c.update(config=[]), "it: config is a list"),
+    (lambda c: c.pop("encoder"), "it has no 'encoder'"),
+])
+def test_a_checkpoint_that_is_wrong_inside_is_refused_in_one_line(little, capsys, change, words):
+    run([*little, "--out", "good.pt"], capsys)
+    checkpoint = torch.load("good.pt", weights_only=True)
+    change(checkpoint)
+    torch.save(checkpoint, "bad.pt")
+    line = fails(["--resume", "bad.pt", "--epochs", "2", "--device", "cpu"], capsys)
+    assert words in line and "bad.pt" in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
