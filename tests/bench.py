@@ -1,14 +1,31 @@
-"""How fast a step is, beside transformers + PEFT in the same run where they are installed. No test: nothing here asserts.
+"""How fast a step is, beside transformers + PEFT in the same run where they are installed.
 
-    python tests/bench.py                                            # what this machine has: CUDA or CPU, and the analysis
-    python tests/bench.py --init_from FOLDER --data_dir FOLDER       # and epochs of CoLA and STS-B (on a CPU, RTE) with a real encoder
+    python tests/bench.py                      # what this machine has: CUDA or CPU, the analysis
+    python tests/bench.py --init_from FOLDER --data_dir FOLDER       # and epochs of real tasks
     python tests/bench.py --only step epoch --compile --json out.json
 
-Times are medians, with the quartiles beside those of the steps. On CUDA the shares are of the peak measured here, by a bf16 matrix product
-repeated as often as the steps are: a GPU slows down when it is kept busy, products more than steps, so the shares of what the product's
-fastest round ran at, on a rested GPU, stand beside. An encoder of N weights is counted as 4 N floating-point operations a token: forward,
-and backward through the activations alone. (What train.py does is within 1% of that, attention aside: the last layer's saved positions and
-the gradients of W0 + dW weigh the same.)
+Times are medians, with the quartiles beside those of the steps. No test: nothing here asserts.
+
+Shares of the peak. An encoder of N weights is counted as 4 N floating-point operations a token:
+forward, and backward through the activations alone. (What train.py does is within 1% of that,
+attention aside: the last layer's saved positions and the gradients of W0 + dW weigh the same.) The
+peak is what a bf16 product of 8192 x 8192 matrices runs at, repeated as often as the steps: a GPU
+slows down when it is kept busy. On one H200 that was 666 TFLOP/s, 776 on a rested GPU; the shares
+of that stand beside. The recorded steps' quartiles lay within 2% of the median, the others', which
+wait for Python, within 13%.
+
+What makes a step fast. A small batch's thousand kernels take longer to launch than to run: plain
+loop 36.0 ms, recorded as a CUDA graph 5.2 (batch 32). An adapter's thin products wait for memory:
+forming W0 + dW for all layers at once and doing one product with it replaces three. Frozen weights
+are bfloat16; no mask is made where nothing is padded; the last layer is computed for the first
+token only. MPNet's position bias costs 8 to 10%, once it is contiguous: without that, attention
+falls back to its slowest kernel and the step takes 1.65 to 1.9 times RoBERTa's. The deterministic
+mode costs 2%, 6% where padded. torch.compile needs a minute to start.
+
+On two CPU cores, batches of 16 of RTE with all-MiniLM-L6-v2, by turns: transformers + PEFT 346 ms,
+LoRA 276, CondLoRA 277, ratios 1.30 and 1.26. There the layers keep their thin products, since a CPU
+waits for arithmetic. The analysis takes 14 ms for phi of the 66 pairs of 12 layers of 768 x 768;
+decomposing both matrices anew for every pair takes 12.4 s.
 """
 
 import argparse
