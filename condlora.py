@@ -247,14 +247,19 @@ def load_adapter(model, file):
         if model.adapter_settings[name] != value:
             raise ValueError(f"{file}: {name} is {value}, in the model "
                              f"{model.adapter_settings[name]}")
-    tensors = adapter_tensors(model)
-    for name in sorted(tensors.keys() | given.keys()):
-        shapes = [tuple(x[name].shape) if name in x else "not there" for x in (given, tensors)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"{file}: {name} is {shapes[0]}, in the model {shapes[1]}")
-    for name, parameter in tensors.items():
-        parameter.data.copy_(given[name])
+    copy_tensors(given, adapter_tensors(model), file)
     return model
+
+
+def copy_tensors(given, parameters, file):
+    """Copy what `file` has into {name: parameter}; ValueError where names or shapes differ."""
+    for name in sorted(parameters.keys() | given.keys()):
+        shapes = [tuple(x[name].shape) if name in x else "not there" for x in (given, parameters)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{file}: {name[:60]} is {str(shapes[0])[:60]}, "
+                             f"in the model {shapes[1]}")
+    for name, parameter in parameters.items():
+        parameter.data.copy_(given[name])
 
 
 SETTINGS = ("method", "targets", "rank", "alpha", "exclude")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from condlora import copy_tensors
 from model import Config, check, weights_file
 
 TENSORS = {str: torch.Tensor}
@@ -41,9 +42,9 @@ def write(file, data):
     try:
         partial.write_bytes(data)
         os.replace(partial, file)
-    except OSError:
+    except OSError as error:
         partial.unlink(missing_ok=True)
-        raise
+        raise OSError(f"{file} cannot be written: {error.strerror}") from None
 
 
 def check_writable(file, option):
@@ -87,13 +88,8 @@ def load(file):
 
 def load_weights(weights, model, file):
     """Put `weights`, of the checkpoint in `file`, into what trains of `model`."""
-    wanted = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for name in sorted(wanted.keys() | weights.keys()):
-        shapes = [tuple(x[name].shape) if name in x else "not there" for x in (weights, wanted)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"{file}: {name[:60]} is {str(shapes[0])[:60]}, "
-                             f"in the model {shapes[1]}")
-    model.load_state_dict(weights, strict=False)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    copy_tensors(weights, parameters, file)
 
 
 @contextmanager
