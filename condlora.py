@@ -134,7 +134,7 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
     if conversions:
         model.condlora = conversions
     model.adapter_settings = {"method": method, "targets": list(targets), "rank": rank,
-                              "alpha": float(alpha), "exclude": list(exclude)}
+                              "alpha": float(alpha), "exclude": list(exclude)}  # for save_adapter
     return model
 
 
@@ -244,7 +244,7 @@ def load_adapter(model, file):
     if not hasattr(model, "adapter_settings"):
         adapt(model, **settings)
     for name, value in settings.items():
-        if model.adapter_settings[name] != value:
+        if value != model.adapter_settings[name]:
             raise ValueError(f"{file}: {name} is {value}, in the model "
                              f"{model.adapter_settings[name]}")
     copy_tensors(given, adapter_tensors(model), file)
