@@ -234,6 +234,10 @@ def is_glue(task):
     return task.lower().replace("-", "") in glue.TASKS
 
 
+def is_own(task):
+    return task not in toy.TASKS and not is_glue(task)
+
+
 def load_task(args):
     """(splits, names of the classes or (), metrics(predictions, labels)) of a task."""
     if args.task in toy.TASKS:
@@ -243,6 +247,9 @@ def load_task(args):
         metrics = lambda predictions, labels: glue.metrics(args.task, predictions, labels)
         splits = glue.load(args.task, args.data_dir)
         return splits, glue.TASKS[glue.canonical(args.task)].classes, metrics
+    if not Path(args.task).is_dir():
+        known = ", ".join((*toy.TASKS, *glue.TASKS))
+        raise ValueError(f"--task {args.task[:100]} is neither a folder nor one of {known}")
     splits, classes = own.load(args.task, args.regression)
     return splits, classes, own.metrics(classes)
 
@@ -382,7 +389,10 @@ def arguments(argv):
     args = parser.parse_args([*words, *argv])
     for name in settings:
         given, value = getattr(args, name), getattr(trained, name)
-        if given != value and name not in ("init_from", "data_dir", "dtype"):
+        may_differ = name in ("init_from", "data_dir", "dtype")
+        if name == "task" and is_own(given) and is_own(value):
+            may_differ = True  # the folder has moved
+        if given != value and not may_differ:
             raise ValueError(f"--{name} {given} contradicts {file}, trained with {value}: "
                              f"leave it out")
     return args, checkpoint
@@ -457,13 +467,8 @@ def make_parser():
 
 
 def task_name(text):
-    """The task, or the path of a folder of one's own."""
-    if text in toy.TASKS or is_glue(text):
-        return text
-    if not Path(text).is_dir():
-        known = ", ".join((*toy.TASKS, *glue.TASKS))
-        raise argparse.ArgumentTypeError(f"{text!r:.100} is neither a folder nor one of {known}")
-    return str(Path(text).resolve())
+    """The task, or the whole path of a folder of one's own."""
+    return str(Path(text).resolve()) if is_own(text) and Path(text).is_dir() else text
 
 
 def between(kind, low, high):
@@ -487,7 +492,7 @@ def complete(args, device):
     args.epochs = args.epochs or EPOCHS[kind]
     args.batch_size = args.batch_size or BATCH_SIZE[kind]
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    if args.regression and (kind == "toy" or is_glue(args.task)):
+    if args.regression and not is_own(args.task):
         raise ValueError(f"--regression is for your own data, --task is {args.task}")
     if IS_MASTER and not args.eval_only:
         checkpoints.check_writable(args.out, "--out")

@@ -204,7 +204,7 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["--task", "xnli"], "'xnli' is neither a folder nor one of toy, toy-agree, cola"),
+    (["--task", "xnli"], "--task xnli is neither a folder nor one of toy, toy-agree, cola"),
     (["--method", "dora"], "invalid choice: 'dora'"),
     (["--rank", "9"], "rank is 9: for layers.0.attention.query"),
     (["--rank", "0"], "argument --rank: '0' is no whole number from 1 to"),
@@ -260,9 +260,15 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(little, capsys,
     (tmp_path / "texts").write_text("a\tb\n")
     assert "texts, line 1: 2 texts" in fails(["--eval_only", "ckpt.pt", "--predict", "texts"], capsys)
     assert "say which with --eval_only" in fails(["--predict", "texts"], capsys)
-    (tmp_path / "mine/train.tsv").write_text("text\tlabel\na\tx\nb\ty\n")
-    (tmp_path / "mine/dev.tsv").unlink()
-    assert "was trained on the classes" in fails(["--eval_only", "ckpt.pt"], capsys)
+    moved = (tmp_path / "mine").rename(tmp_path / "moved")
+    (tmp_path / "texts").write_text(texts[0])
+    train.main(["--eval_only", "ckpt.pt", "--predict", "texts", "--device", "cpu"])  # needs no data
+    assert capsys.readouterr().out.splitlines() == expected[:1]
+    assert "mine is neither a folder nor" in fails(["--eval_only", "ckpt.pt"], capsys)
+    assert run(["--eval_only", "ckpt.pt", "--task", "moved", "--device", "cpu"], capsys)[0]["test"] == table["test"]
+    (moved / "train.tsv").write_text("text\tlabel\na\tx\nb\ty\n")
+    (moved / "dev.tsv").unlink()
+    assert "was trained on the classes" in fails(["--eval_only", "ckpt.pt", "--task", "moved"], capsys)
 
 
 def test_a_regression_of_ones_own_predicts_numbers(little, capsys, tmp_path):
