@@ -40,7 +40,8 @@ def hf_shapes(kind, classifier):
     if kind != "mpnet":
         shapes["embeddings.token_type_embeddings.weight"] = (2, 8)
     shapes |= norm("embeddings.LayerNorm")
-    shapes |= {f"encoder.layer.{i}.{name}": shape for i in range(2) for name, shape in layer.items()}
+    shapes |= {f"encoder.layer.{i}.{name}": shape
+               for i in range(2) for name, shape in layer.items()}
     if kind == "mpnet":
         shapes["encoder.relative_attention_bias.weight"] = (32, 2)
     shapes = {f"{kind}.{name}": shape for name, shape in shapes.items()}

@@ -38,7 +38,8 @@ def mutated(value, rng):
             return copy.deepcopy(rng.choice(ODD))
         parent = value
         while isinstance(parent, (dict, list)) and parent:
-            key = rng.choice(list(parent)) if isinstance(parent, dict) else rng.randrange(len(parent))
+            keys = list(parent) if isinstance(parent, dict) else range(len(parent))
+            key = rng.choice(keys)
             child = parent[key]
             if isinstance(child, (dict, list)) and child and rng.random() < 0.8:
                 parent = child
@@ -49,7 +50,8 @@ def mutated(value, rng):
             elif action < 0.25 and isinstance(parent, dict):
                 parent[rng.choice(("x", "weights", "lr", "help", 5, "layers.0.x"))] = child
             elif isinstance(child, torch.Tensor) and action < 0.7:
-                parent[key] = rng.choice((child.flatten()[:0], child.flatten(), child.double(), child[None],
+                flat = child.flatten()
+                parent[key] = rng.choice((flat[:0], flat, child.double(), child[None],
                                           child.bool(), torch.zeros(3)))
             else:
                 parent[key] = copy.deepcopy(rng.choice(ODD))

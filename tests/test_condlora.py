@@ -7,15 +7,33 @@ import torch
 import torch.nn as nn
 
 import train
-from condlora import (CondLoRALinear, LoRALinear, adapt, adapted_layers, adapter_parameters,
-                      load_adapter, merge, merge_and_unload, save_adapter, to_lora, unmerge)
+from condlora import (
+    CondLoRALinear,
+    LoRALinear,
+    adapt,
+    adapted_layers,
+    adapter_parameters,
+    load_adapter,
+    merge,
+    merge_and_unload,
+    save_adapter,
+    to_lora,
+    unmerge,
+)
 from model import Config, Transformer
 
 
 def encoder(layers=3, d=16):
     torch.manual_seed(0)
-    config = Config(vocab_size=40, hidden_size=d, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=2 * d,
-                    max_position_embeddings=12, initializer_range=0.3)
+    config = Config(
+        vocab_size=40,
+        hidden_size=d,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=2 * d,
+        max_position_embeddings=12,
+        initializer_range=0.3,
+    )
     return Transformer(config).eval()
 
 
@@ -30,12 +48,17 @@ def trained(model):
 IDS = torch.tensor([[2, 5, 9, 11, 3], [2, 30, 31, 3, 0]])
 
 
-@pytest.mark.parametrize("d, layers, lora, condlora", [(768, 12, 294_912, 24_576), (384, 6, 73_728, 12_288)])
+@pytest.mark.parametrize(
+    "d, layers, lora, condlora", [(768, 12, 294_912, 24_576), (384, 6, 73_728, 12_288)]
+)
 def test_condlora_has_one_lth_of_loras_parameters(d, layers, lora, condlora):
     """RoBERTa-base and all-MiniLM-L6-v2, query and value, rank 8."""
     for method, expected in (("lora", lora), ("condlora", condlora)):
         with torch.device("meta"):
-            model = nn.ModuleList(nn.ModuleDict({"query": nn.Linear(d, d), "value": nn.Linear(d, d)}) for _ in range(layers))
+            model = nn.ModuleList(
+                nn.ModuleDict({"query": nn.Linear(d, d), "value": nn.Linear(d, d)})
+                for _ in range(layers)
+            )
             adapt(model, method, rank=8)
         assert sum(p.numel() for p in adapter_parameters(model)) == expected
 
@@ -49,9 +72,9 @@ def test_condloras_factors_of_a_square_weight_by_hand():
         conversion.theta_A.copy_(torch.tensor([[1.0, -1]]))
         conversion.theta_B.copy_(torch.tensor([[2.0, 1]]))
     A, B = layer.factors()
-    assert A.tolist() == [[-1, -1]]                       # rows of W0 times (1, -1): 1 - 2, 3 - 4
-    assert B.tolist() == [[4], [10]]                      # rows of W0 times (2, 1): 2 + 2, 6 + 4
-    assert layer.delta().tolist() == [[-12, -12], [-30, -30]]       # 3 / 1 * B A
+    assert A.tolist() == [[-1, -1]]  # rows of W0 times (1, -1): 1 - 2, 3 - 4
+    assert B.tolist() == [[4], [10]]  # rows of W0 times (2, 1): 2 + 2, 6 + 4
+    assert layer.delta().tolist() == [[-12, -12], [-30, -30]]  # 3 / 1 * B A
 
 
 def test_condloras_factors_of_a_2x3_weight_by_hand():
@@ -60,13 +83,15 @@ def test_condloras_factors_of_a_2x3_weight_by_hand():
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1.0, 2, 3], [4, 5, 6]]))
         conversion = model.condlora["fc_2x3"]
-        conversion.theta_A.copy_(torch.tensor([[1.0, 10]]))          # reads the columns of W0
-        conversion.theta_B.copy_(torch.tensor([[1.0, 0, 2]]))        # reads its rows
+        conversion.theta_A.copy_(torch.tensor([[1.0, 10]]))  # reads the columns of W0
+        conversion.theta_B.copy_(torch.tensor([[1.0, 0, 2]]))  # reads its rows
     A, B = layer.factors()
-    assert A.tolist() == [[41, 52, 63]]                   # 1 + 40, 2 + 50, 3 + 60
-    assert B.tolist() == [[7], [16]]                      # 1 + 6, 4 + 12
+    assert A.tolist() == [[41, 52, 63]]  # 1 + 40, 2 + 50, 3 + 60
+    assert B.tolist() == [[7], [16]]  # 1 + 6, 4 + 12
     x = torch.tensor([[1.0, 0, 1]])
-    assert torch.allclose(layer(x) - nn.functional.linear(x, layer.weight, layer.bias), torch.tensor([[728.0, 1664]]))  # (41 + 63) B
+    assert torch.allclose(
+        layer(x) - nn.functional.linear(x, layer.weight, layer.bias), torch.tensor([[728.0, 1664]])
+    )  # (41 + 63) B
 
 
 @pytest.mark.parametrize("method", ["lora", "condlora"])
@@ -79,7 +104,9 @@ def test_the_update_is_zero_at_the_start_and_the_output_unchanged(method):
     assert len(layers) == 6
     assert all(torch.equal(layer.delta(), torch.zeros(16, 16)) for layer in layers)
     A = adapter_parameters(model)[0]
-    assert 0 < A.abs().max() <= 16 ** -0.5                # Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(fan_in)
+    assert (
+        0 < A.abs().max() <= 16**-0.5
+    )  # Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(fan_in)
 
 
 @pytest.mark.parametrize("method", ["lora", "condlora"])
@@ -95,13 +122,18 @@ def test_condloras_gradient_is_that_of_the_written_out_formula():
     model = trained(adapt(encoder(layers=2)))
     plain = encoder(layers=2)
     model(IDS).square().sum().backward()
-    theta = {name: p.detach().clone().requires_grad_() for name, p in model.condlora.named_parameters()}
+    theta = {
+        name: p.detach().clone().requires_grad_() for name, p in model.condlora.named_parameters()
+    }
     weights = {}
     for i in range(2):
         for target in ("query", "value"):
             name = f"layers.{i}.attention.{target}.weight"
             W0 = plain.state_dict()[name]
-            A, B = (W0 @ theta[f"{target}_16x16.theta_A"].T).T, W0 @ theta[f"{target}_16x16.theta_B"].T
+            A, B = (
+                (W0 @ theta[f"{target}_16x16.theta_A"].T).T,
+                W0 @ theta[f"{target}_16x16.theta_B"].T,
+            )
             weights[name] = W0 + B @ A
     torch.func.functional_call(plain, weights, (IDS,)).square().sum().backward()
     for name, p in model.condlora.named_parameters():
@@ -136,23 +168,32 @@ def test_an_update_smaller_than_bfloat16s_steps_is_not_lost():
         train.with_summed_weights(model, torch.bfloat16)()
     moved = summed[0].double() - layer.weight.double()
     assert layer.merged is None and moved.mean().item() == pytest.approx(0.0002, abs=0.00002)
-    assert moved.std().item() == pytest.approx(1 / 256 / 12 ** 0.5, rel=0.02)  # rounding's
+    assert moved.std().item() == pytest.approx(1 / 256 / 12**0.5, rel=0.02)  # rounding's
 
 
 def test_a_state_dict_holds_each_theta_once():
     model = adapt(encoder(layers=3), targets=("query", "value", "fc1"))
     names = [name for name in model.state_dict() if "theta" in name]
-    assert sorted(names) == [f"condlora.{key}.theta_{x}" for key in ("fc1_32x16", "query_16x16", "value_16x16") for x in "AB"]
+    assert sorted(names) == [
+        f"condlora.{key}.theta_{x}"
+        for key in ("fc1_32x16", "query_16x16", "value_16x16")
+        for x in "AB"
+    ]
     other = adapt(encoder(layers=3), targets=("query", "value", "fc1"))
     other.load_state_dict(trained(model).state_dict())
     assert torch.equal(other(IDS), model(IDS))
 
 
 def test_layers_share_a_theta_only_where_target_name_and_shape_agree():
-    model = nn.Sequential(nn.ModuleDict({"dense": nn.Linear(4, 4)}), nn.ModuleDict({"dense": nn.Linear(4, 8)}),
-                          nn.ModuleDict({"dense": nn.Linear(4, 4)}))
+    model = nn.Sequential(
+        nn.ModuleDict({"dense": nn.Linear(4, 4)}),
+        nn.ModuleDict({"dense": nn.Linear(4, 8)}),
+        nn.ModuleDict({"dense": nn.Linear(4, 4)}),
+    )
     adapt(model, targets="dense", rank=2)
-    assert model[0]["dense"].conversion is model[2]["dense"].conversion is model.condlora["dense_4x4"]
+    assert (
+        model[0]["dense"].conversion is model[2]["dense"].conversion is model.condlora["dense_4x4"]
+    )
     assert model[1]["dense"].conversion is model.condlora["dense_8x4"]
     assert [tuple(f.shape) for f in model[1]["dense"].factors()] == [(2, 4), (8, 2)]
 
@@ -202,8 +243,10 @@ def test_merging_rounds_once_also_in_bfloat16(method):
     """W0 + dW is summed wider and then rounded to the nearest bfloat16."""
     model = trained(adapt(encoder().to(torch.bfloat16), method))
     assert {p.dtype for p in adapter_parameters(model)} == {torch.float32}
-    expected = [layer.weight.double() + (layer.scale * factor_product(layer))
-                for layer in adapted_layers(model)]
+    expected = [
+        layer.weight.double() + (layer.scale * factor_product(layer))
+        for layer in adapted_layers(model)
+    ]
     for layer, exact in zip(adapted_layers(merge(model)), expected):
         # To the nearest: bfloat16 has 8 bits, so half a step below 2^e is 2^(e - 9).
         half_step = torch.ldexp(torch.ones_like(exact), torch.frexp(exact).exponent - 9)
@@ -238,7 +281,9 @@ def test_to_lora_keeps_the_output_and_unties_the_layers(merged):
     expected, delta = model(IDS), model.layers[2].fc2.delta()
     to_lora(merge(model) if merged else model)
     assert all((layer.merged is not None) == merged for layer in adapted_layers(model))
-    assert not any(isinstance(m, CondLoRALinear) for m in model.modules()) and not hasattr(model, "condlora")
+    assert not any(isinstance(m, CondLoRALinear) for m in model.modules()) and not hasattr(
+        model, "condlora"
+    )
     assert torch.allclose(unmerge(model)(IDS), expected, atol=1e-6)
     assert torch.equal(model.layers[2].fc2.delta(), delta)
     parameters = adapter_parameters(model)
@@ -256,25 +301,47 @@ def test_an_adapted_layer_is_in_the_mode_of_the_layer_it_replaces(mode):
 def test_a_subclass_of_nn_linear_is_left_alone():
     class Special(nn.Linear):
         pass
-    model = adapt(nn.ModuleDict({"a": nn.ModuleDict({"query": Special(4, 4)}),
-                                 "b": nn.ModuleDict({"query": nn.Linear(4, 4)})}), "lora", "query", rank=2)
+
+    model = adapt(
+        nn.ModuleDict(
+            {
+                "a": nn.ModuleDict({"query": Special(4, 4)}),
+                "b": nn.ModuleDict({"query": nn.Linear(4, 4)}),
+            }
+        ),
+        "lora",
+        "query",
+        rank=2,
+    )
     assert type(model["a"]["query"]) is Special and isinstance(model["b"]["query"], LoRALinear)
 
 
 def test_a_layer_under_two_names_is_adapted_under_both():
     shared = nn.Linear(4, 4)
-    model = adapt(nn.ModuleDict({"a": nn.ModuleDict({"query": shared}), "b": nn.ModuleDict({"query": shared})}), "lora", "query", rank=2)
-    assert model["a"]["query"] is model["b"]["query"] and isinstance(model["a"]["query"], LoRALinear)
+    model = adapt(
+        nn.ModuleDict(
+            {"a": nn.ModuleDict({"query": shared}), "b": nn.ModuleDict({"query": shared})}
+        ),
+        "lora",
+        "query",
+        rank=2,
+    )
+    assert model["a"]["query"] is model["b"]["query"] and isinstance(
+        model["a"]["query"], LoRALinear
+    )
 
 
-@pytest.mark.parametrize("arguments, words", [
-    ({"targets": ("query", "q_proj")}, "'q_proj'.*dense, fc1, fc2, key, out, query, value"),
-    ({"targets": ()}, "targets is empty"),
-    ({"rank": 0}, "rank is 0.*from 1 to 16"),
-    ({"rank": 17}, "rank is 17.*layers.0.attention.query.*from 1 to 16"),
-    ({"method": "dora"}, "'dora'.*'lora' or 'condlora'"),
-    ({"alpha": float("inf")}, "alpha is inf"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"targets": ("query", "q_proj")}, "'q_proj'.*dense, fc1, fc2, key, out, query, value"),
+        ({"targets": ()}, "targets is empty"),
+        ({"rank": 0}, "rank is 0.*from 1 to 16"),
+        ({"rank": 17}, "rank is 17.*layers.0.attention.query.*from 1 to 16"),
+        ({"method": "dora"}, "'dora'.*'lora' or 'condlora'"),
+        ({"alpha": float("inf")}, "alpha is inf"),
+    ],
+)
 def test_a_wrong_argument_is_named_and_leaves_the_model_as_it_was(arguments, words):
     model = encoder()
     with pytest.raises(ValueError, match=words):
@@ -295,17 +362,21 @@ def test_a_saved_adapter_gives_a_fresh_model_the_same_output(tmp_path, method):
     fresh = load_adapter(encoder(), tmp_path / "adapter.pt")
     assert torch.equal(fresh(IDS), model(IDS))
     saved = torch.load(tmp_path / "adapter.pt", weights_only=True)["weights"]
-    assert sum(w.numel() for w in saved.values()) == sum(p.numel() for p in adapter_parameters(model))
+    assert sum(w.numel() for w in saved.values()) == sum(
+        p.numel() for p in adapter_parameters(model)
+    )
 
 
 def test_an_adapter_that_does_not_fit_is_refused_and_the_reason_named(tmp_path):
     file = tmp_path / "adapter.pt"
     model = trained(adapt(encoder(), "lora", rank=2, alpha=3))
     save_adapter(model, file)
-    for change, words in (({"method": "condlora"}, "method is lora, in the model condlora"),
-                          ({"alpha": 6}, "alpha is 3.0, in the model 6.0"),
-                          ({"rank": 4}, "rank is 2, in the model 4"),
-                          ({"targets": ("query",)}, "targets is")):
+    for change, words in (
+        ({"method": "condlora"}, "method is lora, in the model condlora"),
+        ({"alpha": 6}, "alpha is 3.0, in the model 6.0"),
+        ({"rank": 4}, "rank is 2, in the model 4"),
+        ({"targets": ("query",)}, "targets is"),
+    ):
         settings = {"method": "lora", "rank": 2, "alpha": 3} | change
         with pytest.raises(ValueError, match=words):
             load_adapter(adapt(encoder(), **settings), file)
@@ -324,7 +395,9 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_reason_named(tmp_path):
 
 @pytest.mark.parametrize("method", ["lora", "condlora"])
 def test_a_weight_that_another_module_holds_too_stays_that_modules(method):
-    model = nn.ModuleDict({"embedding": nn.Embedding(20, 8), "lm_head": nn.Linear(8, 20, bias=False)})
+    model = nn.ModuleDict(
+        {"embedding": nn.Embedding(20, 8), "lm_head": nn.Linear(8, 20, bias=False)}
+    )
     model["lm_head"].weight = model["embedding"].weight
     W0 = model["embedding"].weight.clone()
     trained(adapt(model, method, "lm_head", rank=2))
@@ -340,7 +413,9 @@ def test_a_weight_that_is_not_the_layers_own_to_read_is_refused():
     with pytest.raises(ValueError, match="weight of query is computed by a hook"):
         adapt(hooked, targets="query", rank=2)
     fast = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
-    with pytest.raises(ValueError, match="layers.0.linear1 is part of an nn.TransformerEncoderLayer"):
+    with pytest.raises(
+        ValueError, match="layers.0.linear1 is part of an nn.TransformerEncoderLayer"
+    ):
         adapt(fast, targets="linear1", rank=2)
 
 

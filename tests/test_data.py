@@ -1,4 +1,5 @@
-"""GLUE's files with their traps, its metrics, the made-up language, and downloads from a server on this machine."""
+"""GLUE's files with their traps, its metrics, the made-up language, and downloads from a server on
+this machine."""
 
 import http.server
 import io
@@ -11,24 +12,48 @@ import pytest
 
 from data import download, glue, own, toy
 
-HEADERS = {"sst2": "sentence\tlabel", "mrpc": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
-           "stsb": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
-           "qqp": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "qnli": "index\tquestion\tsentence\tlabel",
-           "rte": "index\tsentence1\tsentence2\tlabel", "wnli": "index\tsentence1\tsentence2\tlabel",
-           "mnli": "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse"
-                   "\tsentence1\tsentence2\tlabel1\tgold_label"}
-ROWS = {"cola": ["x\t1\t\tIt snows."], "sst2": ["a fine day \t1"], "mrpc": ["0\t1\t2\tIt snows .\tIt rains ."],
-        "stsb": ["0\tg\tf\ty\t1\tn\tn\tIt snows.\tIt rains.\t3.25"], "qqp": ["1\t2\t3\tWho?\tWhy?\t1"],
-        "qnli": ["0\tWho?\tShe did.\tnot_entailment"], "rte": ["0\tIt snows.\tIt is cold.\tentailment"],
-        "wnli": ["0\tIt fell.\tThe cup fell.\t1"], "mnli": ["0\t1\t2\tg\t(a)\t(b)\t(c)\t(d)\tIt snows.\tIt is hot.\tneutral\tcontradiction"]}
-LABELS = {"cola": 1, "sst2": 1, "mrpc": 0, "stsb": 3.25, "qqp": 1, "qnli": 1, "rte": 0, "wnli": 1, "mnli": 2}
+HEADERS = {
+    "sst2": "sentence\tlabel",
+    "mrpc": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+    "stsb": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+    "qqp": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+    "qnli": "index\tquestion\tsentence\tlabel",
+    "rte": "index\tsentence1\tsentence2\tlabel",
+    "wnli": "index\tsentence1\tsentence2\tlabel",
+    "mnli": "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse"
+    "\tsentence1\tsentence2\tlabel1\tgold_label",
+}
+ROWS = {
+    "cola": ["x\t1\t\tIt snows."],
+    "sst2": ["a fine day \t1"],
+    "mrpc": ["0\t1\t2\tIt snows .\tIt rains ."],
+    "stsb": ["0\tg\tf\ty\t1\tn\tn\tIt snows.\tIt rains.\t3.25"],
+    "qqp": ["1\t2\t3\tWho?\tWhy?\t1"],
+    "qnli": ["0\tWho?\tShe did.\tnot_entailment"],
+    "rte": ["0\tIt snows.\tIt is cold.\tentailment"],
+    "wnli": ["0\tIt fell.\tThe cup fell.\t1"],
+    "mnli": ["0\t1\t2\tg\t(a)\t(b)\t(c)\t(d)\tIt snows.\tIt is hot.\tneutral\tcontradiction"],
+}
+LABELS = {
+    "cola": 1,
+    "sst2": 1,
+    "mrpc": 0,
+    "stsb": 3.25,
+    "qqp": 1,
+    "qnli": 1,
+    "rte": 0,
+    "wnli": 1,
+    "mnli": 2,
+}
 
 
 def write_task(root, task, rows=None, dev=None):
     folder = root / glue.TASKS[task].folder
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("train", *glue.TASKS[task].devs):
-        lines = ([HEADERS[task]] if task in HEADERS else []) + (dev if dev and name != "train" else rows or ROWS[task] * 10)
+        lines = ([HEADERS[task]] if task in HEADERS else []) + (
+            dev if dev and name != "train" else rows or ROWS[task] * 10
+        )
         (folder / f"{name}.tsv").write_bytes("\n".join(lines).encode())
     return folder
 
@@ -38,34 +63,64 @@ def test_all_nine_tasks_are_read_by_their_columns_names(tmp_path, task):
     write_task(tmp_path, task)
     splits = glue.load(task, tmp_path)
     sizes = {name: len(split.labels) for name, split in splits.items()}
-    assert sizes == {"train": 9, "validation": 1, "test": 10} | ({"test_mismatched": 10} if task == "mnli" else {})
+    assert sizes == {"train": 9, "validation": 1, "test": 10} | (
+        {"test_mismatched": 10} if task == "mnli" else {}
+    )
     assert all(label == LABELS[task] for split in splits.values() for label in split.labels)
-    expected = {"cola": ("It snows.",), "sst2": ("a fine day ",), "qnli": ("Who?", "She did."), "mnli": ("It snows.", "It is hot.")}
+    expected = {
+        "cola": ("It snows.",),
+        "sst2": ("a fine day ",),
+        "qnli": ("Who?", "She did."),
+        "mnli": ("It snows.", "It is hot."),
+    }
     assert splits["test"].texts[0] == expected.get(task, splits["test"].texts[0])
 
 
-def test_quotes_byte_order_marks_carriage_returns_and_odd_line_separators_are_no_structure(tmp_path):
-    rows = ['1\t1\t2\t"Odd , he said .\tHe said " odd .\r', "0\t3\t4\tA\u2028b\x85c\x0cd .\t\r", '1\t5\t6\t"\t"']
+def test_quotes_byte_order_marks_carriage_returns_and_odd_line_separators_are_no_structure(
+    tmp_path,
+):
+    rows = [
+        '1\t1\t2\t"Odd , he said .\tHe said " odd .\r',
+        "0\t3\t4\tA\u2028b\x85c\x0cd .\t\r",
+        '1\t5\t6\t"\t"',
+    ]
     write_task(tmp_path, "mrpc", rows)
     test = glue.load("mrpc", tmp_path)["test"]
-    assert test.texts == [('"Odd , he said .', 'He said " odd .'), ("A\u2028b\x85c\x0cd .", ""), ('"', '"')] and test.labels == [1, 0, 1]
+    assert test.texts == [
+        ('"Odd , he said .', 'He said " odd .'),
+        ("A\u2028b\x85c\x0cd .", ""),
+        ('"', '"'),
+    ] and test.labels == [1, 0, 1]
 
 
 def test_a_fixed_tenth_of_train_is_held_out(tmp_path):
     write_task(tmp_path, "sst2", [f"day {i}\t{i % 2}" for i in range(203)], dev=["night\t0"])
     one, two = glue.load("SST-2", tmp_path), glue.load("sst2", tmp_path)
     assert one == two and len(one["validation"].texts) == 20 and one["test"].texts == [("night",)]
-    assert sorted(one["train"].texts + one["validation"].texts) == sorted((f"day {i}",) for i in range(203))
+    assert sorted(one["train"].texts + one["validation"].texts) == sorted(
+        (f"day {i}",) for i in range(203)
+    )
     assert all(int(text[0].split()[1]) % 2 == label for text, label in zip(*one["validation"]))
 
 
-@pytest.mark.parametrize("task, row, words", [
-    ("rte", "7\tOnly one.", "RTE/train.tsv, line 12: 2 columns, expected 4"),
-    ("rte", "7\tIt snows.\tIt rains.\tmaybe", "RTE/train.tsv, line 12: label 'maybe', expected one of entailment, not_entailment"),
-    ("cola", "x\t2\t\tIt snows.", "CoLA/train.tsv, line 11: label '2'"),
-    ("stsb", "0\tg\tf\ty\t1\tn\tn\tIt snows.\tIt rains.\t5.1", "STS-B/train.tsv, line 12: score '5.1'"),
-    ("stsb", "0\tg\tf\ty\t1\tn\tn\tIt snows.\tIt rains.\tnan", "score 'nan'"),
-])
+@pytest.mark.parametrize(
+    "task, row, words",
+    [
+        ("rte", "7\tOnly one.", "RTE/train.tsv, line 12: 2 columns, expected 4"),
+        (
+            "rte",
+            "7\tIt snows.\tIt rains.\tmaybe",
+            "RTE/train.tsv, line 12: label 'maybe', expected one of entailment, not_entailment",
+        ),
+        ("cola", "x\t2\t\tIt snows.", "CoLA/train.tsv, line 11: label '2'"),
+        (
+            "stsb",
+            "0\tg\tf\ty\t1\tn\tn\tIt snows.\tIt rains.\t5.1",
+            "STS-B/train.tsv, line 12: score '5.1'",
+        ),
+        ("stsb", "0\tg\tf\ty\t1\tn\tn\tIt snows.\tIt rains.\tnan", "score 'nan'"),
+    ],
+)
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, task, row, words):
     write_task(tmp_path, task, ROWS[task] * 10 + [row])
     with pytest.raises(ValueError, match=words):
@@ -78,7 +133,10 @@ def test_a_missing_file_column_or_task_is_named(tmp_path):
     (write_task(tmp_path, "rte") / "dev.tsv").write_text("index\tsentence1\tlabel\n")
     with pytest.raises(ValueError, match="dev.tsv, line 1: no column 'sentence2'"):
         glue.load("rte", tmp_path)
-    for content, words in ((b"index\tsentence1\tsentence2\tlabel\n", "dev.tsv has no rows"), (b"index\tcaf\xe9", "dev.tsv is not UTF-8")):
+    for content, words in (
+        (b"index\tsentence1\tsentence2\tlabel\n", "dev.tsv has no rows"),
+        (b"index\tcaf\xe9", "dev.tsv is not UTF-8"),
+    ):
         (tmp_path / "RTE" / "dev.tsv").write_bytes(content)
         with pytest.raises(ValueError, match=words):
             glue.load("rte", tmp_path)
@@ -88,11 +146,22 @@ def test_a_missing_file_column_or_task_is_named(tmp_path):
 
 def test_metrics_are_scikit_learns_and_scipys():
     predictions, labels = [1, 0, 1, 1, 0, 1, 0, 1, 1, 0], [1, 0, 0, 1, 1, 1, 0, 0, 1, 0]
-    assert list(glue.metrics("mrpc", predictions, labels).items()) == [("accuracy", 0.7), ("f1", pytest.approx(0.7272727272727273))]
-    assert list(glue.metrics("cola", predictions, labels).items()) == [("matthews", pytest.approx(0.408248290463863)), ("accuracy", 0.7)]
+    assert list(glue.metrics("mrpc", predictions, labels).items()) == [
+        ("accuracy", 0.7),
+        ("f1", pytest.approx(0.7272727272727273)),
+    ]
+    assert list(glue.metrics("cola", predictions, labels).items()) == [
+        ("matthews", pytest.approx(0.408248290463863)),
+        ("accuracy", 0.7),
+    ]
     assert glue.metrics("mnli", [0, 1, 2, 2], [0, 1, 1, 2]) == {"accuracy": 0.75}
-    scores = glue.metrics("stsb", [0.1, 2.5, 2.5, 4.9, 3.3, 0.1, 5.2], [0, 2.2, 3.0, 5, 3.0, 1.0, 4.4])
-    assert list(scores.items()) == [("pearson", pytest.approx(0.966551357119323)), ("spearman", pytest.approx(0.9266445023146869))]
+    scores = glue.metrics(
+        "stsb", [0.1, 2.5, 2.5, 4.9, 3.3, 0.1, 5.2], [0, 2.2, 3.0, 5, 3.0, 1.0, 4.4]
+    )
+    assert list(scores.items()) == [
+        ("pearson", pytest.approx(0.966551357119323)),
+        ("spearman", pytest.approx(0.9266445023146869)),
+    ]
 
 
 def test_undefined_metrics_are_zero():
@@ -103,7 +172,8 @@ def test_undefined_metrics_are_zero():
         glue.metrics("rte", [0, 1], [0])
 
 
-# The made-up language ------------------------------------------------------------------------------------------------
+# The made-up language ----------------------------------------------------------------------------
+
 
 @pytest.mark.parametrize("task", toy.TASKS)
 def test_the_toy_tasks_are_the_same_every_time_balanced_and_without_repeats(task):
@@ -112,15 +182,26 @@ def test_the_toy_tasks_are_the_same_every_time_balanced_and_without_repeats(task
     texts = [text for split in splits.values() for text in split.texts]
     assert len(set(texts)) == len(texts)
     assert all(abs(np.mean(split.labels) - 0.5) < 0.06 for split in splits.values())
-    assert {word for text in texts for sentence in text for word in sentence.split()} <= set(toy.vocabulary())
+    assert {word for text in texts for sentence in text for word in sentence.split()} <= set(
+        toy.vocabulary()
+    )
 
 
 def kind_and_number():
     """What each word agrees in, from the lexicon: {word: (kind or None, number or None)}."""
     words = {word: (None, n) for n, some in enumerate(toy.LEXICON.determiners) for word in some}
     for kind in range(4):
-        words |= {word: (kind, n) for n, some in enumerate(toy.LEXICON.verbs[kind]) for word in some}
-        words |= {word: (kind, None) for word in [toy.LEXICON.names[kind], *sum(toy.LEXICON.nouns[kind], []), *toy.LEXICON.adjectives[kind]]}
+        words |= {
+            word: (kind, n) for n, some in enumerate(toy.LEXICON.verbs[kind]) for word in some
+        }
+        words |= {
+            word: (kind, None)
+            for word in [
+                toy.LEXICON.names[kind],
+                *sum(toy.LEXICON.nouns[kind], []),
+                *toy.LEXICON.adjectives[kind],
+            ]
+        }
     return words
 
 
@@ -132,16 +213,26 @@ def test_a_toy_sentence_is_well_formed_where_its_label_says_so():
 
 
 def test_a_toy_pair_is_true_where_noun_and_verb_say_the_same():
-    concept = {word: (kind, c) for kind in range(4) for c, synonyms in enumerate(toy.LEXICON.nouns[kind]) for word in synonyms}
+    concept = {
+        word: (kind, c)
+        for kind in range(4)
+        for c, synonyms in enumerate(toy.LEXICON.nouns[kind])
+        for word in synonyms
+    }
     concept |= {name: (kind, None) for kind, name in enumerate(toy.LEXICON.names)}
     split = toy.load("toy")["test"]
     for (first, second), label in zip(split.texts, split.labels):
-        (noun, *_), (said,) = ([concept[w] for w in s.split() if w in concept] for s in (first, second))
-        assert noun[0] == said[0]                         # always of the same kind: that alone tells nothing
-        assert ((said[1] in (None, noun[1])) and first.split()[-1] == second.split()[-1]) == bool(label)
+        (noun, *_), (said,) = (
+            [concept[w] for w in s.split() if w in concept] for s in (first, second)
+        )
+        assert noun[0] == said[0]  # always of the same kind: that alone tells nothing
+        assert ((said[1] in (None, noun[1])) and first.split()[-1] == second.split()[-1]) == bool(
+            label
+        )
 
 
-# Downloads -----------------------------------------------------------------------------------------------------------
+# Downloads ---------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def server(monkeypatch):
@@ -186,7 +277,10 @@ def everything_under(folder):
     return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
 
 
-RTE = {"RTE/train.tsv": HEADERS["rte"] + "\n" + "\n".join(ROWS["rte"] * 10), "RTE/dev.tsv": HEADERS["rte"] + "\n" + ROWS["rte"][0]}
+RTE = {
+    "RTE/train.tsv": HEADERS["rte"] + "\n" + "\n".join(ROWS["rte"] * 10),
+    "RTE/dev.tsv": HEADERS["rte"] + "\n" + ROWS["rte"][0],
+}
 
 
 def test_a_glue_task_is_fetched_unpacked_and_not_fetched_again(server, tmp_path):
@@ -201,43 +295,88 @@ def test_a_glue_task_is_fetched_unpacked_and_not_fetched_again(server, tmp_path)
 
 def test_mrpc_is_split_by_glues_list_of_dev_ids(server, tmp_path):
     files, _ = server
-    rows = [f"{i % 2}\t{i}\t{100 + i}\tSentence {i} \" .\tAnother {i} ." for i in range(12)]
+    rows = [f'{i % 2}\t{i}\t{100 + i}\tSentence {i} " .\tAnother {i} .' for i in range(12)]
     files["/senteval/msr_paraphrase_train.txt"] = "\r\n".join([HEADERS["mrpc"], *rows]).encode()
     files["/glue/mrpc_dev_ids.tsv"] = b"3\t103\n8\t108\n"
     download.get("MRPC", tmp_path)
     splits = glue.load("mrpc", tmp_path / "glue")
-    assert [text[0] for text in splits["test"].texts] == ['Sentence 3 " .', 'Sentence 8 " .'] and splits["test"].labels == [1, 0]
+    assert [text[0] for text in splits["test"].texts] == [
+        'Sentence 3 " .',
+        'Sentence 8 " .',
+    ] and splits["test"].labels == [1, 0]
     assert len(splits["train"].texts) + len(splits["validation"].texts) == 10
 
 
 @pytest.mark.parametrize("name", ["some-bert", "owner/some-bert"])
-def test_a_model_is_fetched_with_the_older_weights_file_where_there_is_no_newer(server, tmp_path, name):
+def test_a_model_is_fetched_with_the_older_weights_file_where_there_is_no_newer(
+    server, tmp_path, name
+):
     files, asked = server
     base = f"/{name}/resolve/main"
-    files |= {f"{base}/config.json": json.dumps({"model_type": "bert"}).encode(), f"{base}/vocab.txt": b"[PAD]\n", f"{base}/pytorch_model.bin": b"w" * 3000}
-    assert everything_under(download.get(name, tmp_path)) == ["config.json", "pytorch_model.bin", "vocab.txt"]
+    files |= {
+        f"{base}/config.json": json.dumps({"model_type": "bert"}).encode(),
+        f"{base}/vocab.txt": b"[PAD]\n",
+        f"{base}/pytorch_model.bin": b"w" * 3000,
+    }
+    assert everything_under(download.get(name, tmp_path)) == [
+        "config.json",
+        "pytorch_model.bin",
+        "vocab.txt",
+    ]
     assert f"{base}/model.safetensors" in asked
-    assert everything_under(tmp_path) == [f"models/{name}/{file}" for file in ("config.json", "pytorch_model.bin", "vocab.txt")]
+    assert everything_under(tmp_path) == [
+        f"models/{name}/{file}" for file in ("config.json", "pytorch_model.bin", "vocab.txt")
+    ]
 
 
-BERT = {"/b/resolve/main/config.json": b'{"model_type": "bert"}', "/b/resolve/main/vocab.txt": b"[PAD]\n"}
+BERT = {
+    "/b/resolve/main/config.json": b'{"model_type": "bert"}',
+    "/b/resolve/main/vocab.txt": b"[PAD]\n",
+}
 
 
-@pytest.mark.parametrize("name, served, words", [
-    ("rte", {}, "RTE.zip is not there"),
-    ("rte", {"/glue/RTE.zip": (zipped(RTE)[:100], len(zipped(RTE)))}, "RTE.zip: the connection broke after 100 of"),
-    ("rte", {"/glue/RTE.zip": (zipped(RTE), 100)}, "RTE.zip is no whole zip file"),
-    ("rte", {"/glue/RTE.zip": zipped({"../../evil.tsv": "x"})}, "RTE.zip is refused: its member '../../evil.tsv'"),
-    ("mrpc", {"/senteval/msr_paraphrase_train.txt": b"x"}, "mrpc_dev_ids.tsv is not there"),
-    ("b", {}, "b/resolve/main/config.json is not there"),
-    ("b", {"/b/resolve/main/config.json": b'{"model_type": "t5"}'}, "b is a model of type 't5'"),
-    ("b", {"/b/resolve/main/config.json": (b'{"model_type": "bert"}', 9)}, "config.json is no JSON"),
-    ("b", BERT, "b has neither model.safetensors nor pytorch_model.bin"),
-    ("b", BERT | {"/b/resolve/main/model.safetensors": (b"w" * 50, 90)}, "model.safetensors: the connection broke after 50 of 90 bytes"),
-    ("../b", {}, "neither a GLUE task"),
-    ("rte", {"/glue/RTE.zip": zipped({"RTE/train.tsv": "0" * (3 << 20)}, zipfile.ZIP_DEFLATED)}, "RTE.zip is refused: it would unpack to 3,145,728"),
-    ("b", {"/b/resolve/main/config.json": b"[" * 5000}, "config.json is no JSON object"),
-])
+@pytest.mark.parametrize(
+    "name, served, words",
+    [
+        ("rte", {}, "RTE.zip is not there"),
+        (
+            "rte",
+            {"/glue/RTE.zip": (zipped(RTE)[:100], len(zipped(RTE)))},
+            "RTE.zip: the connection broke after 100 of",
+        ),
+        ("rte", {"/glue/RTE.zip": (zipped(RTE), 100)}, "RTE.zip is no whole zip file"),
+        (
+            "rte",
+            {"/glue/RTE.zip": zipped({"../../evil.tsv": "x"})},
+            "RTE.zip is refused: its member '../../evil.tsv'",
+        ),
+        ("mrpc", {"/senteval/msr_paraphrase_train.txt": b"x"}, "mrpc_dev_ids.tsv is not there"),
+        ("b", {}, "b/resolve/main/config.json is not there"),
+        (
+            "b",
+            {"/b/resolve/main/config.json": b'{"model_type": "t5"}'},
+            "b is a model of type 't5'",
+        ),
+        (
+            "b",
+            {"/b/resolve/main/config.json": (b'{"model_type": "bert"}', 9)},
+            "config.json is no JSON",
+        ),
+        ("b", BERT, "b has neither model.safetensors nor pytorch_model.bin"),
+        (
+            "b",
+            BERT | {"/b/resolve/main/model.safetensors": (b"w" * 50, 90)},
+            "model.safetensors: the connection broke after 50 of 90 bytes",
+        ),
+        ("../b", {}, "neither a GLUE task"),
+        (
+            "rte",
+            {"/glue/RTE.zip": zipped({"RTE/train.tsv": "0" * (3 << 20)}, zipfile.ZIP_DEFLATED)},
+            "RTE.zip is refused: it would unpack to 3,145,728",
+        ),
+        ("b", {"/b/resolve/main/config.json": b"[" * 5000}, "config.json is no JSON object"),
+    ],
+)
 def test_what_goes_wrong_is_said_and_nothing_half_is_left(server, tmp_path, name, served, words):
     server[0].update(served)
     with pytest.raises((ValueError, OSError), match=words):
@@ -264,7 +403,8 @@ def test_no_server_is_said_in_one_line_with_exit_status_2(tmp_path, monkeypatch,
     assert capsys.readouterr().err.count("\n") == 1
 
 
-# Your own data -------------------------------------------------------------------------------------------------------
+# Your own data -----------------------------------------------------------------------------------
+
 
 def write_own(folder, train, dev=None, header="text\tlabel"):
     folder.mkdir(exist_ok=True)
@@ -278,12 +418,19 @@ def test_a_folder_of_ones_own_is_a_task_with_its_labels_in_sorted_order(tmp_path
     rows = [f"sentence {i}\t{('so so', 'good', 'bad')[i % 3]}" for i in range(30)]
     splits, classes = own.load(write_own(tmp_path / "mine", rows, rows[:2]))
     assert classes == ("bad", "good", "so so")
-    assert (splits["test"].texts, splits["test"].labels) == ([("sentence 0",), ("sentence 1",)], [2, 1])
+    assert (splits["test"].texts, splits["test"].labels) == (
+        [("sentence 0",), ("sentence 1",)],
+        [2, 1],
+    )
     assert len(splits["train"].labels) == 27 and len(splits["validation"].labels) == 3
     rows = [f"a\tb {i}\t{i / 4}" for i in range(10)]
-    splits, classes = own.load(write_own(tmp_path / "pairs", rows, header="text1\ttext2\tlabel"), regression=True)
+    splits, classes = own.load(
+        write_own(tmp_path / "pairs", rows, header="text1\ttext2\tlabel"), regression=True
+    )
     assert classes == () and sorted(splits) == ["train", "validation"]
-    assert sorted(splits["train"].labels + splits["validation"].labels) == [i / 4 for i in range(10)]
+    assert sorted(splits["train"].labels + splits["validation"].labels) == [
+        i / 4 for i in range(10)
+    ]
 
 
 def test_accuracy_and_macro_f1_are_scikit_learns():
@@ -295,14 +442,24 @@ def test_accuracy_and_macro_f1_are_scikit_learns():
     assert found == pytest.approx({"accuracy": 1 / 2, "macro_f1": 1 / 3})
 
 
-@pytest.mark.parametrize("train, dev, header, words", [
-    (["a\t1"], None, "text\tlabel", "train.tsv has one label only"),
-    (["a\t1", "b\t2"], ["c\t3"], "text\tlabel", "dev.tsv, line 2: label '3' is not in train.tsv"),
-    (["a\t1", "b"], None, "text\tlabel", "train.tsv, line 3: 1 columns, expected 2"),
-    (["a\t1"], None, "sentence\tlabel", "line 1: no column 'text1'"),
-    ([], None, "text\tlabel", "train.tsv has no rows"),
-])
-def test_a_file_of_ones_own_that_is_wrong_is_named_with_its_line(tmp_path, train, dev, header, words):
+@pytest.mark.parametrize(
+    "train, dev, header, words",
+    [
+        (["a\t1"], None, "text\tlabel", "train.tsv has one label only"),
+        (
+            ["a\t1", "b\t2"],
+            ["c\t3"],
+            "text\tlabel",
+            "dev.tsv, line 2: label '3' is not in train.tsv",
+        ),
+        (["a\t1", "b"], None, "text\tlabel", "train.tsv, line 3: 1 columns, expected 2"),
+        (["a\t1"], None, "sentence\tlabel", "line 1: no column 'text1'"),
+        ([], None, "text\tlabel", "train.tsv has no rows"),
+    ],
+)
+def test_a_file_of_ones_own_that_is_wrong_is_named_with_its_line(
+    tmp_path, train, dev, header, words
+):
     with pytest.raises(ValueError, match=words):
         own.load(write_own(tmp_path / "mine", train, dev, header))
 

@@ -1,4 +1,5 @@
-"""The encoder against logits that transformers 5.23 gave for the same weights, and reading Hugging Face's files."""
+"""The encoder against logits that transformers 5.23 gave for the same weights, and reading Hugging
+Face's files."""
 
 import json
 import struct
@@ -29,7 +30,11 @@ def safetensors(state, dtype, name):
     header, body = {"__metadata__": {"format": "pt"}}, b""
     for key, tensor in state.items():
         raw = tensor.to(dtype).view(torch.uint8 if tensor.dim() else dtype).numpy().tobytes()
-        header[key] = {"dtype": name, "shape": list(tensor.shape), "data_offsets": [len(body), len(body) + len(raw)]}
+        header[key] = {
+            "dtype": name,
+            "shape": list(tensor.shape),
+            "data_offsets": [len(body), len(body) + len(raw)],
+        }
         body += raw
     text = json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + body
@@ -44,7 +49,9 @@ def test_logits_are_transformers_own_with_padding_in_the_batch(tmp_path, model_t
 
 @pytest.mark.parametrize("model_type", LOGITS)
 def test_logits_in_training_are_the_same_where_dropout_drops_nothing(tmp_path, model_type):
-    folder = write_encoder(tmp_path / "m", model_type, hidden_dropout_prob=1e-12, attention_probs_dropout_prob=1e-12)
+    folder = write_encoder(
+        tmp_path / "m", model_type, hidden_dropout_prob=1e-12, attention_probs_dropout_prob=1e-12
+    )
     model = Transformer.from_pretrained(folder, n_out=2).train()
     logits = model(*padded_batch(pad=model.config.pad_token_id))
     assert torch.allclose(logits, torch.tensor(LOGITS[model_type]), atol=2e-6)
@@ -52,9 +59,34 @@ def test_logits_in_training_are_the_same_where_dropout_drops_nothing(tmp_path, m
 
 def test_mpnets_buckets_are_t5s():
     # transformers' T5Attention._relative_position_bucket(bidirectional=True, 32, 128)
-    buckets = {-500: 15, -128: 15, -100: 15, -64: 14, -33: 12, -32: 12, -16: 10, -12: 9, -11: 8, -8: 8,
-               -7: 7, -1: 1, 0: 0, 1: 17, 7: 23, 8: 24, 11: 24, 12: 25, 15: 25, 16: 26, 31: 27, 32: 28,
-               64: 30, 127: 31, 128: 31, 300: 31}
+    buckets = {
+        -500: 15,
+        -128: 15,
+        -100: 15,
+        -64: 14,
+        -33: 12,
+        -32: 12,
+        -16: 10,
+        -12: 9,
+        -11: 8,
+        -8: 8,
+        -7: 7,
+        -1: 1,
+        0: 0,
+        1: 17,
+        7: 23,
+        8: 24,
+        11: 24,
+        12: 25,
+        15: 25,
+        16: 26,
+        31: 27,
+        32: 28,
+        64: 30,
+        127: 31,
+        128: 31,
+        300: 31,
+    }
     table = relative_buckets(torch.arange(600) - torch.arange(600)[:, None])
     for offset, bucket in buckets.items():
         query = max(0, -offset)
@@ -67,7 +99,9 @@ def test_dropout_drops_a_share_p_and_scales_the_rest_in_values_and_gradients(dty
     x = torch.ones(100000, dtype=dtype, requires_grad=True)
     y = Dropout(0.1)(x)
     kept = y != 0
-    assert kept.float().mean().item() == pytest.approx(0.9, abs=4 * (0.1 * 0.9 / 100000) ** 0.5)      # four standard deviations
+    assert kept.float().mean().item() == pytest.approx(
+        0.9, abs=4 * (0.1 * 0.9 / 100000) ** 0.5
+    )  # four standard deviations
     assert y.dtype == dtype and torch.equal(y, (kept / 0.9).to(dtype))
     y.sum().backward()
     assert torch.equal(x.grad, y)
@@ -84,12 +118,23 @@ def test_the_first_tokens_state_is_the_same_without_computing_the_others(tmp_pat
 
 
 @pytest.mark.parametrize("model_type", LOGITS)
-@pytest.mark.parametrize("dtype, name, tolerance", [(torch.float32, "F32", 2e-6), (torch.float16, "F16", 2e-3), (torch.bfloat16, "BF16", 2e-2)])
-def test_safetensors_of_each_precision_load_with_extra_keys_and_without_prefix(tmp_path, model_type, dtype, name, tolerance):
+@pytest.mark.parametrize(
+    "dtype, name, tolerance",
+    [(torch.float32, "F32", 2e-6), (torch.float16, "F16", 2e-3), (torch.bfloat16, "BF16", 2e-2)],
+)
+def test_safetensors_of_each_precision_load_with_extra_keys_and_without_prefix(
+    tmp_path, model_type, dtype, name, tolerance
+):
     folder = write_encoder(tmp_path / "m", model_type)
     (folder / "pytorch_model.bin").unlink()
-    state = {key.removeprefix(model_type + "."): value for key, value in hf_state(model_type, 2).items()}
-    state |= {"embeddings.position_ids": torch.arange(16.0), "cls.predictions.bias": torch.zeros(3), "lm_head.bias": torch.zeros(3)}
+    state = {
+        key.removeprefix(model_type + "."): value for key, value in hf_state(model_type, 2).items()
+    }
+    state |= {
+        "embeddings.position_ids": torch.arange(16.0),
+        "cls.predictions.bias": torch.zeros(3),
+        "lm_head.bias": torch.zeros(3),
+    }
     (folder / "model.safetensors").write_bytes(safetensors(state, dtype, name))
     model = Transformer.from_pretrained(folder, n_out=2).eval()
     logits = model(*padded_batch(pad=model.config.pad_token_id))
@@ -98,15 +143,21 @@ def test_safetensors_of_each_precision_load_with_extra_keys_and_without_prefix(t
 
 
 def test_the_first_berts_gamma_and_beta_are_weight_and_bias(tmp_path):
-    state = {key.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): value
-             for key, value in hf_state("bert", 2).items()}
+    state = {
+        key.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): value
+        for key, value in hf_state("bert", 2).items()
+    }
     model = Transformer.from_pretrained(write_encoder(tmp_path / "m", state=state)).eval()
     assert torch.allclose(model(*padded_batch(0)), torch.tensor(LOGITS["bert"]), atol=2e-6)
 
 
 @pytest.mark.parametrize("model_type", LOGITS)
 @pytest.mark.parametrize("classifier, n_out", [(0, 2), (3, 2), (2, 1)])
-def test_a_head_that_is_absent_or_has_other_classes_is_drawn_anew(tmp_path, model_type, classifier, n_out):
+def test_a_head_that_is_absent_or_has_other_classes_is_drawn_anew(
+    tmp_path, model_type, classifier, n_out
+):
     folder = write_encoder(tmp_path / "m", model_type, state=hf_state(model_type, classifier))
     model = Transformer.from_pretrained(folder, n_out)
     assert model.head.out.weight.shape == (n_out, 8) and 0 < model.head.out.weight.std() < 0.1
@@ -115,8 +166,19 @@ def test_a_head_that_is_absent_or_has_other_classes_is_drawn_anew(tmp_path, mode
 
 @pytest.mark.parametrize("model_type", LOGITS)
 def test_what_is_saved_reads_back_the_same(tmp_path, model_type):
-    model = Transformer(Config(model_type=model_type, vocab_size=30, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-                               intermediate_size=16, max_position_embeddings=20, pad_token_id=1, n_out=3))
+    model = Transformer(
+        Config(
+            model_type=model_type,
+            vocab_size=30,
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+            max_position_embeddings=20,
+            pad_token_id=1,
+            n_out=3,
+        )
+    )
     model.save_pretrained(tmp_path)
     again = Transformer.from_pretrained(tmp_path, n_out=3)
     assert again.config == model.config
@@ -127,8 +189,13 @@ def test_robertas_positions_start_after_the_padding_id_and_skip_padding(bert_fol
     roberta = Transformer.from_pretrained(write_encoder(tmp_path / "r", "roberta")).eval()
     left, right = torch.tensor([[1, 1, 2, 5, 3]]), torch.tensor([[2, 5, 3, 1, 1]])
     states = [roberta.encode(ids, attention_mask=(ids != 1).long()) for ids in (left, right)]
-    assert torch.allclose(states[0][:, 2:], states[1][:, :3], atol=1e-6)         # the same wherever the padding stands
-    assert roberta.config.max_len == 16 and Transformer.from_pretrained(bert_folder).config.max_len == 16
+    assert torch.allclose(
+        states[0][:, 2:], states[1][:, :3], atol=1e-6
+    )  # the same wherever the padding stands
+    assert (
+        roberta.config.max_len == 16
+        and Transformer.from_pretrained(bert_folder).config.max_len == 16
+    )
     with pytest.raises(ValueError, match="17 tokens.*16 positions"):
         roberta(torch.full((1, 17), 5))
 
@@ -137,14 +204,33 @@ def without(key):
     return {k: v for k, v in hf_state("bert", 2).items() if k != key}
 
 
-@pytest.mark.parametrize("changes, state, words", [
-    ({"model_type": "gpt2"}, None, "config.json: model_type is 'gpt2', not bert or roberta or mpnet"),
-    ({"hidden_act": "relu"}, None, "config.json: hidden_act is 'relu'"),
-    ({"position_embedding_type": "relative_key"}, None, "position_embedding_type is 'relative_key'"),
-    ({"num_attention_heads": 3}, None, "hidden_size 8.*num_attention_heads 3"),
-    ({}, without("bert.encoder.layer.1.attention.self.value.bias"), "no weight encoder.layer.1.attention.self.value.bias"),
-    ({"intermediate_size": 20}, None, r"intermediate.dense.weight has shape \(12, 8\), config.json says \(20, 8\)"),
-])
+@pytest.mark.parametrize(
+    "changes, state, words",
+    [
+        (
+            {"model_type": "gpt2"},
+            None,
+            "config.json: model_type is 'gpt2', not bert or roberta or mpnet",
+        ),
+        ({"hidden_act": "relu"}, None, "config.json: hidden_act is 'relu'"),
+        (
+            {"position_embedding_type": "relative_key"},
+            None,
+            "position_embedding_type is 'relative_key'",
+        ),
+        ({"num_attention_heads": 3}, None, "hidden_size 8.*num_attention_heads 3"),
+        (
+            {},
+            without("bert.encoder.layer.1.attention.self.value.bias"),
+            "no weight encoder.layer.1.attention.self.value.bias",
+        ),
+        (
+            {"intermediate_size": 20},
+            None,
+            r"intermediate.dense.weight has shape \(12, 8\), config.json says \(20, 8\)",
+        ),
+    ],
+)
 def test_what_does_not_fit_is_named(tmp_path, changes, state, words):
     with pytest.raises(ValueError, match=words):
         Transformer.from_pretrained(write_encoder(tmp_path / "m", state=state, **changes))
@@ -166,7 +252,9 @@ def test_missing_and_damaged_files_are_named(bert_folder, tmp_path):
 
 
 def test_a_safetensors_file_cut_anywhere_is_refused(tmp_path):
-    whole = safetensors({"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4)}, torch.float32, "F32")
+    whole = safetensors(
+        {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(4)}, torch.float32, "F32"
+    )
     file = tmp_path / "model.safetensors"
     file.write_bytes(whole)
     assert read_safetensors(file)["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
@@ -176,13 +264,16 @@ def test_a_safetensors_file_cut_anywhere_is_refused(tmp_path):
             read_safetensors(file)
 
 
-@pytest.mark.parametrize("entry, words", [
-    ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "bytes 0 to 4"),
-    ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "bytes -8 to 0"),
-    ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, "bytes 4 to 12 of 8"),
-    ({"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}, "type F8_E4M3"),
-    ({"dtype": "F32", "shape": [2]}, "its header: 'a' has no 'data_offsets'"),
-])
+@pytest.mark.parametrize(
+    "entry, words",
+    [
+        ({"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}, "bytes 0 to 4"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [-8, 0]}, "bytes -8 to 0"),
+        ({"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}, "bytes 4 to 12 of 8"),
+        ({"dtype": "F8_E4M3", "shape": [8], "data_offsets": [0, 8]}, "type F8_E4M3"),
+        ({"dtype": "F32", "shape": [2]}, "its header: 'a' has no 'data_offsets'"),
+    ],
+)
 def test_a_safetensors_header_that_contradicts_the_file_is_refused(tmp_path, entry, words):
     text = json.dumps({"a": entry}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
@@ -203,12 +294,24 @@ def test_an_adapted_model_is_saved_merged_or_not_at_all(bert_folder, tmp_path):
     assert sorted(names) == sorted(hf_state("bert", 2))
 
 
-@pytest.mark.parametrize("name, value", [
-    ("hidden_size", "8"), ("hidden_size", -8), ("hidden_size", 10 ** 18), ("hidden_size", 0),
-    ("num_hidden_layers", [2]), ("num_hidden_layers", 10 ** 7), ("num_attention_heads", True),
-    ("hidden_dropout_prob", 1.5), ("layer_norm_eps", "1e-5"), ("vocab_size", 10 ** 8),
-    ("max_position_embeddings", 0), ("hidden_act", ["gelu"]), ("model_type", {}),
-])
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("hidden_size", "8"),
+        ("hidden_size", -8),
+        ("hidden_size", 10**18),
+        ("hidden_size", 0),
+        ("num_hidden_layers", [2]),
+        ("num_hidden_layers", 10**7),
+        ("num_attention_heads", True),
+        ("hidden_dropout_prob", 1.5),
+        ("layer_norm_eps", "1e-5"),
+        ("vocab_size", 10**8),
+        ("max_position_embeddings", 0),
+        ("hidden_act", ["gelu"]),
+        ("model_type", {}),
+    ],
+)
 def test_a_config_of_a_wrong_type_or_range_is_refused_in_one_line(bert_folder, name, value):
     (bert_folder / "config.json").write_text(json.dumps(hf_config("bert") | {name: value}))
     with pytest.raises(ValueError) as refused:

@@ -26,13 +26,31 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 @pytest.fixture
 def little(tmp_path, monkeypatch, bert_folder):
-    """Arguments of a run on 60 made-up SST-2 sentences ("warm" is good, "cold" is not) with a two-layer encoder."""
+    """Arguments of a run on 60 made-up SST-2 sentences ("warm" is good, "cold" is not) with a two-
+    layer encoder."""
     monkeypatch.chdir(tmp_path)
     nouns = ["cat", "dog", "bird", "cats", "dogs", "birds"]
-    rows = [f"{'the ' * (i % 4)}{nouns[i % 6]} {'not ' * (i % 5)}{('cold', 'warm')[i % 2]}\t{i % 2}" for i in range(60)]
+    rows = [
+        f"{'the ' * (i % 4)}{nouns[i % 6]} {'not ' * (i % 5)}{('cold', 'warm')[i % 2]}\t{i % 2}"
+        for i in range(60)
+    ]
     write_task(tmp_path / "glue", "sst2", sorted(set(rows)), dev=rows[:21])
-    return ["--task", "sst2", "--init_from", str(bert_folder), "--data_dir", str(tmp_path / "glue"), "--device", "cpu", "--epochs", "2",
-            "--rank", "2", "--lr", "0.01"]
+    return [
+        "--task",
+        "sst2",
+        "--init_from",
+        str(bert_folder),
+        "--data_dir",
+        str(tmp_path / "glue"),
+        "--device",
+        "cpu",
+        "--epochs",
+        "2",
+        "--rank",
+        "2",
+        "--lr",
+        "0.01",
+    ]
 
 
 def run(arguments, capsys):
@@ -59,29 +77,60 @@ def test_a_fresh_clone_pretrains_once_trains_and_reports_the_same_figures_again(
         shutil.copy(file, tmp_path / file.relative_to(ROOT))
 
     def command(*arguments):
-        return subprocess.run([sys.executable, "train.py", "--device", "cpu", *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        return subprocess.run(
+            [sys.executable, "train.py", "--device", "cpu", *arguments],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+
     first = command("--method", "condlora", "--pretrain_steps", "25", "--epochs", "1")
     assert first.returncode == 0, first.stderr
     table = dict(line.split(maxsplit=1) for line in first.stdout.splitlines()[1:])
-    assert table["task"] == "toy" and table["adapter"].startswith("parameters  2,048 (1.00% of the encoder's 205,760)")
+    assert table["task"] == "toy" and table["adapter"].startswith(
+        "parameters  2,048 (1.00% of the encoder's 205,760)"
+    )
     assert first.stderr == ""  # bars are for terminals
     pretrained = (tmp_path / "data/models/toy-25/model.safetensors").stat().st_mtime_ns
     assert (tmp_path / "ckpt.pt").is_file() and table["checkpoint"] == "ckpt.pt"
     again = command("--eval_only", "ckpt.pt")
-    assert again.returncode == 0 and (tmp_path / "data/models/toy-25/model.safetensors").stat().st_mtime_ns == pretrained
-    figures = [[line for line in out.splitlines() if line.startswith(("validation", "test"))] for out in (first.stdout, again.stdout)]
+    assert (
+        again.returncode == 0
+        and (tmp_path / "data/models/toy-25/model.safetensors").stat().st_mtime_ns == pretrained
+    )
+    figures = [
+        [line for line in out.splitlines() if line.startswith(("validation", "test"))]
+        for out in (first.stdout, again.stdout)
+    ]
     assert figures[0] == figures[1] and len(figures[0]) == 2
 
 
 def test_a_glue_task_runs_from_the_command_line(little, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "train.py", *little, "--method", "lora", "--out", "my.pt"], cwd=tmp_path,
-                          capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, ROOT / "train.py", *little, "--method", "lora", "--out", "my.pt"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
-    assert [line.split()[:2] for line in done.stdout.splitlines()[:2]] == [["epoch", "1"], ["epoch", "2"]]
+    assert [line.split()[:2] for line in done.stdout.splitlines()[:2]] == [
+        ["epoch", "1"],
+        ["epoch", "2"],
+    ]
     assert (tmp_path / "my.pt").is_file() and not list(tmp_path.glob("*.part"))
 
 
-@pytest.mark.parametrize("method, trained", [("condlora", 2 * 2 * 2 * 8), ("lora", 2 * 2 * 2 * 8 * 2), ("head", 0), ("full", 328 + 2 * 532)])
+@pytest.mark.parametrize(
+    "method, trained",
+    [
+        ("condlora", 2 * 2 * 2 * 8),
+        ("lora", 2 * 2 * 2 * 8 * 2),
+        ("head", 0),
+        ("full", 328 + 2 * 532),
+    ],
+)
 def test_each_method_trains_what_it_says_and_no_more(little, capsys, method, trained):
     table, _ = run([*little, "--method", method], capsys)
     checkpoint = torch.load("ckpt.pt", weights_only=True)
@@ -89,8 +138,16 @@ def test_each_method_trains_what_it_says_and_no_more(little, capsys, method, tra
     assert sum(w.numel() for w in checkpoint["weights"].values()) == trained + head
     assert f"{trained:,} (" in table["all" if method == "full" else "adapter"]
     if method == "condlora":
-        assert sorted(checkpoint["weights"]) == ["condlora.query_8x8.theta_A", "condlora.query_8x8.theta_B", "condlora.value_8x8.theta_A",
-                                                 "condlora.value_8x8.theta_B", "head.dense.bias", "head.dense.weight", "head.out.bias", "head.out.weight"]
+        assert sorted(checkpoint["weights"]) == [
+            "condlora.query_8x8.theta_A",
+            "condlora.query_8x8.theta_B",
+            "condlora.value_8x8.theta_A",
+            "condlora.value_8x8.theta_B",
+            "head.dense.bias",
+            "head.dense.weight",
+            "head.out.bias",
+            "head.out.weight",
+        ]
 
 
 def test_eval_only_reports_the_very_figures_of_the_run(little, capsys):
@@ -101,8 +158,11 @@ def test_eval_only_reports_the_very_figures_of_the_run(little, capsys):
     assert table["test"] == f"accuracy {100 * results['test']['accuracy']:.1f}"
 
 
-def test_the_reported_test_figure_is_that_of_the_best_epochs_weights(little, capsys, bert_folder, tmp_path):
-    """Reckoned without train.py: load, adapt by hand, count the right answers one sentence at a time."""
+def test_the_reported_test_figure_is_that_of_the_best_epochs_weights(
+    little, capsys, bert_folder, tmp_path
+):
+    """Reckoned without train.py: load, adapt by hand, count the right answers one sentence at a
+    time."""
     run([*little, "--method", "lora", "--epochs", "3"], capsys)
     checkpoint = torch.load("ckpt.pt", weights_only=True)
     model, tok = Transformer.from_pretrained(bert_folder).eval(), tokenizer.load(bert_folder)
@@ -112,22 +172,44 @@ def test_the_reported_test_figure_is_that_of_the_best_epochs_weights(little, cap
             state[name].copy_(weight)
         elif name.endswith(".A"):
             state[name[:-1] + "weight"] += 8 / 2 * checkpoint["weights"][name[:-1] + "B"] @ weight
-    rows = [line.rpartition("\t") for line in (tmp_path / "glue/SST-2/dev.tsv").read_text().split("\n")[1:]]
-    right = [model(torch.tensor([tok.encode(text)[0]])).argmax().item() == int(label) for text, _, label in rows]
+    rows = [
+        line.rpartition("\t")
+        for line in (tmp_path / "glue/SST-2/dev.tsv").read_text().split("\n")[1:]
+    ]
+    right = [
+        model(torch.tensor([tok.encode(text)[0]])).argmax().item() == int(label)
+        for text, _, label in rows
+    ]
     assert checkpoint["results"]["test"]["accuracy"] == np.mean(right)
     scores = [epoch["validation"]["accuracy"] for epoch in checkpoint["history"]]
-    assert checkpoint["best_epoch"] == 1 + int(np.argmax(scores)) and checkpoint["results"]["validation"]["accuracy"] == max(scores)
+    assert checkpoint["best_epoch"] == 1 + int(np.argmax(scores)) and checkpoint["results"][
+        "validation"
+    ]["accuracy"] == max(scores)
 
 
-def test_a_regression_task_reports_the_correlations_of_its_predictions(little, capsys, tmp_path, bert_folder):
+def test_a_regression_task_reports_the_correlations_of_its_predictions(
+    little, capsys, tmp_path, bert_folder
+):
     texts = [("the cat", "the " + "cat " * (i % 3) + ("cold", "warm")[i % 2]) for i in range(40)]
-    write_task(tmp_path / "glue", "stsb", [f"0\tg\tf\ty\t1\tn\tn\t{a}\t{b}\t{(i % 2) * (i % 3) * 2.5}" for i, (a, b) in enumerate(texts)])
+    write_task(
+        tmp_path / "glue",
+        "stsb",
+        [
+            f"0\tg\tf\ty\t1\tn\tn\t{a}\t{b}\t{(i % 2) * (i % 3) * 2.5}"
+            for i, (a, b) in enumerate(texts)
+        ],
+    )
     run([*little, "--task", "stsb", "--method", "full"], capsys)
     checkpoint = torch.load("ckpt.pt", weights_only=True)
-    model, tok = Transformer.from_pretrained(bert_folder, n_out=1).eval(), tokenizer.load(bert_folder)
+    model, tok = (
+        Transformer.from_pretrained(bert_folder, n_out=1).eval(),
+        tokenizer.load(bert_folder),
+    )
     model.load_state_dict(checkpoint["weights"])
     encoded = [tok.encode(a, b) for a, b in texts]
-    predictions = [model(torch.tensor([ids]), torch.tensor([types])).item() for ids, types in encoded]
+    predictions = [
+        model(torch.tensor([ids]), torch.tensor([types])).item() for ids, types in encoded
+    ]
     pearson = np.corrcoef(predictions, [(i % 2) * (i % 3) * 2.5 for i in range(40)])[0, 1]
     assert checkpoint["results"]["test"]["pearson"] == pytest.approx(pearson, abs=1e-4)
     assert checkpoint["history"][1]["loss"] < checkpoint["history"][0]["loss"]
@@ -137,12 +219,16 @@ def test_the_same_seed_gives_the_same_numbers_and_another_one_others(little, cap
     losses = []
     for seed in (3, 3, 4):
         run([*little, "--seed", seed], capsys)
-        losses.append([epoch["loss"] for epoch in torch.load("ckpt.pt", weights_only=True)["history"]])
+        losses.append(
+            [epoch["loss"] for epoch in torch.load("ckpt.pt", weights_only=True)["history"]]
+        )
     assert losses[0] == losses[1] != losses[2]
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
-def test_a_stopped_run_keeps_its_last_epoch_and_resumes_to_the_same_result(little, capsys, monkeypatch, device):
+def test_a_stopped_run_keeps_its_last_epoch_and_resumes_to_the_same_result(
+    little, capsys, monkeypatch, device
+):
     little += ["--device", device]
     run([*little, "--epochs", "4", "--out", "whole.pt"], capsys)
     save, saves = checkpoints.save, []
@@ -152,13 +238,16 @@ def test_a_stopped_run_keeps_its_last_epoch_and_resumes_to_the_same_result(littl
         saves.append(file)
         if len(saves) == 2:
             raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
         patch.setattr(checkpoints, "save", stop_after_two)
         assert "--resume" in fails([*little, "--epochs", "4", "--out", "part.pt"], capsys)
     assert len(torch.load("part.pt", weights_only=True)["history"]) == 2
     run(["--resume", "part.pt", "--device", device], capsys)
     whole, part = (torch.load(file, weights_only=True) for file in ("whole.pt", "part.pt"))
-    assert [epoch["loss"] for epoch in whole["history"]] == [epoch["loss"] for epoch in part["history"]]
+    assert [epoch["loss"] for epoch in whole["history"]] == [
+        epoch["loss"] for epoch in part["history"]
+    ]
     assert whole["results"] == part["results"]
     assert all(torch.equal(whole["last"][name], part["last"][name]) for name in whole["last"])
 
@@ -172,7 +261,9 @@ def test_a_run_that_ends_at_a_constant_answer_says_so(little, capsys):
 
 
 def test_patience_ends_a_run_that_gets_no_better(little, capsys):
-    _, lines = run([*little, "--method", "head", "--lr", "1e-9", "--epochs", "9", "--patience", "2"], capsys)
+    _, lines = run(
+        [*little, "--method", "head", "--lr", "1e-9", "--epochs", "9", "--patience", "2"], capsys
+    )
     assert [line.split()[1] for line in lines if line.startswith("epoch")] == ["1", "2", "3"]
     _, lines = run(["--resume", "ckpt.pt"], capsys)
     assert not [line for line in lines if line.startswith("epoch")]
@@ -184,7 +275,12 @@ def test_every_row_is_seen_once_an_epoch_beside_rows_of_its_length():
     assert sorted(np.concatenate(one)) == list(range(1003)) and len(one) == 63
     assert [list(b) for b in one] != [list(b) for b in two]
     padding = sum((lengths[b].max() - lengths[b]).sum() for b in one) / lengths.sum()
-    assert padding < 0.1 < sum((lengths[i:i + 16].max() - lengths[i:i + 16]).sum() for i in range(0, 1003, 16)) / lengths.sum()
+    assert (
+        padding
+        < 0.1
+        < sum((lengths[i : i + 16].max() - lengths[i : i + 16]).sum() for i in range(0, 1003, 16))
+        / lengths.sum()
+    )
 
 
 def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero():
@@ -203,49 +299,61 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
     assert run(["--eval_only", "one.pt", "--device", "cpu"], capsys)[0]["test"] == figures[0]
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["--task", "xnli"], "--task xnli is neither a folder nor one of toy, toy-agree, cola"),
-    (["--method", "dora"], "invalid choice: 'dora'"),
-    (["--rank", "9"], "rank is 9: for layers.0.attention.query"),
-    (["--rank", "0"], "argument --rank: '0' is no whole number from 1 to"),
-    (["--lr", "nan"], "argument --lr"),
-    (["--warmup", "2"], "argument --warmup: '2' is no number from 0 to 1"),
-    (["--grad_clip", "-1"], "argument --grad_clip"),
-    (["--targets", "q_proj"], "no nn.Linear is named 'q_proj'"),
-    (["--targets", "dense"], "no nn.Linear is named 'dense'"),  # only the head has one
-    (["--resume", "a.pt", "--eval_only", "a.pt"], "not allowed with argument"),
-    (["--device", "tpu"], "--device tpu is not there: use "),
-    (["--device", "cuda:99"], "--device cuda:99 is not there: use "),
-    (["--device", "cpu:x"], "--device cpu:x is not there: use "),
-    (["--init_from", "nowhere"], "no folder nowhere.*python data/download.py nowhere"),
-    (["--data_dir", "nowhere"], "SST-2/train.tsv: python data/download.py sst2"),
-    (["--max_len", "2"], "max_len is 2"),
-    (["--out", "nowhere/ckpt.pt"], "--out nowhere/ckpt.pt cannot be written"),
-    (["--eval_only", "nowhere.pt"], "no checkpoint nowhere.pt"),
-    (["--lr", "1e30"], "the loss is .* in epoch"),
-    (["--alpha", "1e300"], "argument --alpha: '1e300' is no number"),
-    (["--seed", "-1"], "argument --seed: '-1' is no whole number from 0 to 4294967295"),
-    (["--out", "/dev/full"], "--out /dev/full cannot be written: it is no file"),
-    (["--out", "a" * 252 + ".pt"], "cannot be written: File name too long"),
-    (["--log", "nowhere/log"], "--log nowhere/log cannot be written"),
-])
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--task", "xnli"], "--task xnli is neither a folder nor one of toy, toy-agree, cola"),
+        (["--method", "dora"], "invalid choice: 'dora'"),
+        (["--rank", "9"], "rank is 9: for layers.0.attention.query"),
+        (["--rank", "0"], "argument --rank: '0' is no whole number from 1 to"),
+        (["--lr", "nan"], "argument --lr"),
+        (["--warmup", "2"], "argument --warmup: '2' is no number from 0 to 1"),
+        (["--grad_clip", "-1"], "argument --grad_clip"),
+        (["--targets", "q_proj"], "no nn.Linear is named 'q_proj'"),
+        (["--targets", "dense"], "no nn.Linear is named 'dense'"),  # only the head has one
+        (["--resume", "a.pt", "--eval_only", "a.pt"], "not allowed with argument"),
+        (["--device", "tpu"], "--device tpu is not there: use "),
+        (["--device", "cuda:99"], "--device cuda:99 is not there: use "),
+        (["--device", "cpu:x"], "--device cpu:x is not there: use "),
+        (["--init_from", "nowhere"], "no folder nowhere.*python data/download.py nowhere"),
+        (["--data_dir", "nowhere"], "SST-2/train.tsv: python data/download.py sst2"),
+        (["--max_len", "2"], "max_len is 2"),
+        (["--out", "nowhere/ckpt.pt"], "--out nowhere/ckpt.pt cannot be written"),
+        (["--eval_only", "nowhere.pt"], "no checkpoint nowhere.pt"),
+        (["--lr", "1e30"], "the loss is .* in epoch"),
+        (["--alpha", "1e300"], "argument --alpha: '1e300' is no number"),
+        (["--seed", "-1"], "argument --seed: '-1' is no whole number from 0 to 4294967295"),
+        (["--out", "/dev/full"], "--out /dev/full cannot be written: it is no file"),
+        (["--out", "a" * 252 + ".pt"], "cannot be written: File name too long"),
+        (["--log", "nowhere/log"], "--log nowhere/log cannot be written"),
+    ],
+)
 def test_a_mistake_gets_one_line_and_exit_status_2(little, capsys, arguments, words):
     import re
+
     assert re.search(words, fails([*little, *arguments], capsys))
 
 
-def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(little, capsys, monkeypatch, tmp_path, bert_folder):
-    rows = [f"the cat {'not ' * (i % 4)}{('warm', 'cold')[i % 2]}\t{('good', 'bad')[i % 2]}" for i in range(40)]
+def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
+    little, capsys, monkeypatch, tmp_path, bert_folder
+):
+    rows = [
+        f"the cat {'not ' * (i % 4)}{('warm', 'cold')[i % 2]}\t{('good', 'bad')[i % 2]}"
+        for i in range(40)
+    ]
     write_own(tmp_path / "mine", rows, rows[:9])
     table, _ = run([*little, "--task", "mine", "--epochs", "4", "--log", "log.jsonl"], capsys)
     assert table["task"] == str(tmp_path / "mine") and "macro_f1" in table["test"]
     log = [json.loads(line) for line in open("log.jsonl")]
     history = torch.load("ckpt.pt", weights_only=True)["history"]
     assert [(e["epoch"], e["step"], e["loss"], e["accuracy"]) for e in log] == [
-        (e["epoch"], 3 * e["epoch"], e["loss"], e["validation"]["accuracy"]) for e in history]
+        (e["epoch"], 3 * e["epoch"], e["loss"], e["validation"]["accuracy"]) for e in history
+    ]
 
     model, tok = Transformer.from_pretrained(bert_folder), tokenizer.load(bert_folder)
-    load_adapter(model, "ckpt.pt").load_state_dict(torch.load("ckpt.pt", weights_only=True)["weights"], strict=False)
+    load_adapter(model, "ckpt.pt").load_state_dict(
+        torch.load("ckpt.pt", weights_only=True)["weights"], strict=False
+    )
     texts = [row.split("\t")[0] for row in rows[:6]]
     expected = []
     for text in texts:
@@ -258,21 +366,32 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(little, capsys,
     train.main(["--eval_only", "ckpt.pt", "--predict", "-", "--device", "cpu"])
     assert capsys.readouterr().out.splitlines() == expected
     (tmp_path / "texts").write_text("a\tb\n")
-    assert "texts, line 1: 2 texts" in fails(["--eval_only", "ckpt.pt", "--predict", "texts"], capsys)
+    assert "texts, line 1: 2 texts" in fails(
+        ["--eval_only", "ckpt.pt", "--predict", "texts"], capsys
+    )
     assert "say which with --eval_only" in fails(["--predict", "texts"], capsys)
     moved = (tmp_path / "mine").rename(tmp_path / "moved")
     (tmp_path / "texts").write_text(texts[0])
     train.main(["--eval_only", "ckpt.pt", "--predict", "texts", "--device", "cpu"])  # needs no data
     assert capsys.readouterr().out.splitlines() == expected[:1]
     assert "mine is neither a folder nor" in fails(["--eval_only", "ckpt.pt"], capsys)
-    assert run(["--eval_only", "ckpt.pt", "--task", "moved", "--device", "cpu"], capsys)[0]["test"] == table["test"]
+    assert (
+        run(["--eval_only", "ckpt.pt", "--task", "moved", "--device", "cpu"], capsys)[0]["test"]
+        == table["test"]
+    )
     (moved / "train.tsv").write_text("text\tlabel\na\tx\nb\ty\n")
     (moved / "dev.tsv").unlink()
-    assert "was trained on the classes" in fails(["--eval_only", "ckpt.pt", "--task", "moved"], capsys)
+    assert "was trained on the classes" in fails(
+        ["--eval_only", "ckpt.pt", "--task", "moved"], capsys
+    )
 
 
 def test_a_regression_of_ones_own_predicts_numbers(little, capsys, tmp_path):
-    write_own(tmp_path / "mine", [f"the cat\t{'warm ' * (i % 3)}\t{i % 3 - 1}" for i in range(30)], header="text1\ttext2\tlabel")
+    write_own(
+        tmp_path / "mine",
+        [f"the cat\t{'warm ' * (i % 3)}\t{i % 3 - 1}" for i in range(30)],
+        header="text1\ttext2\tlabel",
+    )
     table, _ = run([*little, "--task", "mine", "--regression"], capsys)
     assert "pearson" in table["validation"] and "test" not in table
     (tmp_path / "texts").write_text("the cat\twarm\n")
@@ -282,25 +401,48 @@ def test_a_regression_of_ones_own_predicts_numbers(little, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "mpnet"])
-def test_an_exported_adapter_has_pefts_names_and_the_checkpoints_update(little, capsys, tmp_path, kind):
+def test_an_exported_adapter_has_pefts_names_and_the_checkpoints_update(
+    little, capsys, tmp_path, kind
+):
     folder = write_encoder(tmp_path / "encoder", kind)
     if kind != "bert":
-        (folder / "vocab.txt").write_text("\n".join(["<s>", "</s>", "<pad>", "<mask>", "[UNK]", *WORDS[5:]]) + "\n")
+        (folder / "vocab.txt").write_text(
+            "\n".join(["<s>", "</s>", "<pad>", "<mask>", "[UNK]", *WORDS[5:]]) + "\n"
+        )
     run([*little, "--init_from", folder, "--targets", "query", "out", "fc1"], capsys)
     train.main(["--eval_only", "ckpt.pt", "--export", "peft", "--device", "cpu"])
     settings = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     tensors = read_safetensors(tmp_path / "peft/adapter_model.safetensors")
     # The names that PEFT 0.18 gives on transformers' three classifiers, written down from it.
-    attention = ("attention.attn.q", "attention.attn.o") if kind == "mpnet" else ("attention.self.query", "attention.output.dense")
-    modules = [f"{kind}.encoder.layer.{l}.{name}" for l in range(2) for name in (*attention, "intermediate.dense")]
-    head = ["bert.pooler.dense", "classifier"] if kind == "bert" else ["classifier.dense", "classifier.out_proj"]
-    assert settings["target_modules"] == modules and (settings["r"], settings["lora_alpha"]) == (2, 8)
-    assert sorted(tensors) == sorted([f"base_model.model.{m}.lora_{x}.weight" for m in modules for x in "AB"]
-                                     + [f"base_model.model.{m}.{x}" for m in head for x in ("weight", "bias")])
+    attention = (
+        ("attention.attn.q", "attention.attn.o")
+        if kind == "mpnet"
+        else ("attention.self.query", "attention.output.dense")
+    )
+    modules = [
+        f"{kind}.encoder.layer.{l}.{name}"
+        for l in range(2)
+        for name in (*attention, "intermediate.dense")
+    ]
+    head = (
+        ["bert.pooler.dense", "classifier"]
+        if kind == "bert"
+        else ["classifier.dense", "classifier.out_proj"]
+    )
+    assert settings["target_modules"] == modules and (settings["r"], settings["lora_alpha"]) == (
+        2,
+        8,
+    )
+    assert sorted(tensors) == sorted(
+        [f"base_model.model.{m}.lora_{x}.weight" for m in modules for x in "AB"]
+        + [f"base_model.model.{m}.{x}" for m in head for x in ("weight", "bias")]
+    )
     model = load_adapter(Transformer.from_pretrained(folder), "ckpt.pt")
     A, B = (tensors[f"base_model.model.{modules[-1]}.lora_{x}.weight"] for x in "AB")
     assert torch.equal(8 / 2 * B @ A, model.layers[1].fc1.delta().detach())
-    assert "no adapter to export" in fails(["--eval_only", head_checkpoint(little, capsys), "--export", "x"], capsys)
+    assert "no adapter to export" in fails(
+        ["--eval_only", head_checkpoint(little, capsys), "--export", "x"], capsys
+    )
 
 
 def head_checkpoint(little, capsys):
@@ -315,22 +457,31 @@ def test_what_a_killed_pretraining_left_is_cleaned_up(monkeypatch, tmp_path):
     (tmp_path / f"models/toy-1.part{dead.pid}").mkdir(parents=True)
     (tmp_path / f"models/toy-1.part{os.getppid()}").mkdir()
     train.toy_encoder(1, torch.device("cpu"))
-    assert sorted(file.name for file in (tmp_path / "models").iterdir()) == ["toy-1", f"toy-1.part{os.getppid()}"]
+    assert sorted(file.name for file in (tmp_path / "models").iterdir()) == [
+        "toy-1",
+        f"toy-1.part{os.getppid()}",
+    ]
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda c: c["settings"].update(rank=50), "rank is 50"),
-    (lambda c: c["settings"].update(lr="x"), "--lr: 'x' is no number"),
-    (lambda c: c["settings"].update(help=True), "a setting 'help' that there is not"),
-    (lambda c: c["weights"].popitem(), "is not there, in the model"),
-    (lambda c: c["last"].update(x=torch.ones(1)), "x is (1,), in the model not there"),
-    (lambda c: c["optimizer"][0].update(exp_avg=torch.ones(1)), "optimizer's state does not fit"),
-    (lambda c: c["rng"][0].update(cpu=torch.ones(3)), "random generators' state is damaged"),
-    (lambda c: c["history"].clear(), "its history is not of epochs 1, 2"),
-    (lambda c: c["history"][0].update(validation={}), "no validation figures"),
-    (lambda c: c.update(config=[]), "it: config is a list"),
-    (lambda c: c.pop("encoder"), "it has no 'encoder'"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: c["settings"].update(rank=50), "rank is 50"),
+        (lambda c: c["settings"].update(lr="x"), "--lr: 'x' is no number"),
+        (lambda c: c["settings"].update(help=True), "a setting 'help' that there is not"),
+        (lambda c: c["weights"].popitem(), "is not there, in the model"),
+        (lambda c: c["last"].update(x=torch.ones(1)), "x is (1,), in the model not there"),
+        (
+            lambda c: c["optimizer"][0].update(exp_avg=torch.ones(1)),
+            "optimizer's state does not fit",
+        ),
+        (lambda c: c["rng"][0].update(cpu=torch.ones(3)), "random generators' state is damaged"),
+        (lambda c: c["history"].clear(), "its history is not of epochs 1, 2"),
+        (lambda c: c["history"][0].update(validation={}), "no validation figures"),
+        (lambda c: c.update(config=[]), "it: config is a list"),
+        (lambda c: c.pop("encoder"), "it has no 'encoder'"),
+    ],
+)
 def test_a_checkpoint_that_is_wrong_inside_is_refused_in_one_line(little, capsys, change, words):
     run([*little, "--out", "good.pt"], capsys)
     checkpoint = torch.load("good.pt", weights_only=True)
@@ -348,7 +499,9 @@ def test_a_gpu_that_is_not_there_is_said(little, capsys):
 def test_a_checkpoint_that_does_not_fit_is_said(little, capsys, tmp_path, bert_folder):
     run(little, capsys)
     before = (tmp_path / "ckpt.pt").read_bytes()
-    assert "--rank 4 contradicts ckpt.pt, trained with 2" in fails(["--eval_only", "ckpt.pt", "--rank", "4"], capsys)
+    assert "--rank 4 contradicts ckpt.pt, trained with 2" in fails(
+        ["--eval_only", "ckpt.pt", "--rank", "4"], capsys
+    )
     (tmp_path / "bad.pt").write_bytes(before[:1000])
     assert "bad.pt is not a checkpoint of train.py" in fails(["--eval_only", "bad.pt"], capsys)
     moved = tmp_path / "moved"
@@ -378,7 +531,9 @@ def by_hand(folder, splits, method, epochs, batch_size, lr, clip, decay, warmup,
     rank = 2
     model, tok = Transformer.from_pretrained(folder).train(), tokenizer.load(folder)
     torch.manual_seed(0)
-    model = train.build(Namespace(method=method, targets=["query", "value"], rank=rank, alpha=8.0), folder, 2).train()
+    model = train.build(
+        Namespace(method=method, targets=["query", "value"], rank=rank, alpha=8.0), folder, 2
+    ).train()
     weights = {name: p.detach().double() for name, p in model.named_parameters() if p.requires_grad}
     m, v = ({name: torch.zeros_like(w) for name, w in weights.items()} for _ in range(2))
     steps, t = epochs * -(-len(splits.labels) // batch_size), 0
@@ -394,7 +549,9 @@ def by_hand(folder, splits, method, epochs, batch_size, lr, clip, decay, warmup,
             model.zero_grad()
             torch.stack(losses).mean().backward()
             means[-1] += torch.stack(losses).sum().item() / len(splits.labels)
-            gradients = {name: p.grad.double() for name, p in model.named_parameters() if p.requires_grad}
+            gradients = {
+                name: p.grad.double() for name, p in model.named_parameters() if p.requires_grad
+            }
             norm = torch.stack([g.square().sum() for g in gradients.values()]).sum().sqrt()
             factor = min(1.0, clip / (norm + 1e-6)) if clip else 1.0
             rise = warmup * steps
@@ -404,8 +561,10 @@ def by_hand(folder, splits, method, epochs, batch_size, lr, clip, decay, warmup,
                 g = g * factor
                 m[name] = 0.9 * m[name] + 0.1 * g
                 v[name] = 0.999 * v[name] + 0.001 * g * g
-                root = (v[name] / (1 - 0.999 ** t)).sqrt() + 1e-8
-                weights[name] = weights[name] * (1 - rate * decay) - rate * m[name] / (1 - 0.9 ** t) / root
+                root = (v[name] / (1 - 0.999**t)).sqrt() + 1e-8
+                weights[name] = (
+                    weights[name] * (1 - rate * decay) - rate * m[name] / (1 - 0.9**t) / root
+                )
             with torch.no_grad():
                 for name, p in model.named_parameters():
                     if p.requires_grad:
@@ -415,15 +574,31 @@ def by_hand(folder, splits, method, epochs, batch_size, lr, clip, decay, warmup,
 
 @pytest.mark.parametrize("method", ["lora", "condlora"])
 @pytest.mark.parametrize("clip", [0.05, 0.0])
-def test_training_is_adamw_with_clipping_decay_and_schedule_as_written_out(little, capsys, tmp_path, bert_folder, method, clip):
+def test_training_is_adamw_with_clipping_decay_and_schedule_as_written_out(
+    little, capsys, tmp_path, bert_folder, method, clip
+):
     no_dropout(bert_folder)
-    run([*little, "--method", method, "--grad_clip", clip, "--weight_decay", 0.3, "--warmup", 0.3], capsys)
+    run(
+        [*little, "--method", method, "--grad_clip", clip, "--weight_decay", 0.3, "--warmup", 0.3],
+        capsys,
+    )
     checkpoint = torch.load("ckpt.pt", weights_only=True)
     last = checkpoint["last"]
     split = glue.load("sst2", tmp_path / "glue")["train"]
     tok = tokenizer.load(bert_folder)
     lengths = np.array([len(tok.encode(*text)[0]) for text in split.texts])
-    expected, losses = by_hand(bert_folder, split, method, 2, 16, 0.01, clip, 0.3, 0.3, lambda epoch: shuffled(lengths, 16, [0, epoch]))
+    expected, losses = by_hand(
+        bert_folder,
+        split,
+        method,
+        2,
+        16,
+        0.01,
+        clip,
+        0.3,
+        0.3,
+        lambda epoch: shuffled(lengths, 16, [0, epoch]),
+    )
     assert [epoch["loss"] for epoch in checkpoint["history"]] == pytest.approx(losses, abs=1e-4)
     assert last.keys() == expected.keys()
     for name, weight in expected.items():
@@ -442,7 +617,9 @@ def test_frozen_weights_do_not_move(little, capsys, monkeypatch, bert_folder, me
 
 
 def test_in_bfloat16_what_trains_and_w0_stay_float32(bert_folder):
-    args = Namespace(method="condlora", targets="query", rank=2, alpha=8.0, dtype="bfloat16", compile=False)
+    args = Namespace(
+        method="condlora", targets="query", rank=2, alpha=8.0, dtype="bfloat16", compile=False
+    )
     model = train.build(args, bert_folder, 2)
     train.fast_forward(model, args, torch.device("cpu"))
     wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
@@ -452,21 +629,42 @@ def test_in_bfloat16_what_trains_and_w0_stay_float32(bert_folder):
 
 @pytest.mark.parametrize("method", ["lora", "condlora"])
 def test_two_processes_get_the_weights_of_one(little, capsys, tmp_path, bert_folder, method):
-    """The same batches of 16, of which the last of an epoch is short and odd, shared out by torchrun over gloo."""
+    """The same batches of 16, of which the last of an epoch is short and odd, shared out by
+    torchrun over gloo."""
     no_dropout(bert_folder)
     little += ["--method", method, "--grad_clip", "0.05"]
     run([*little, "--out", "one.pt"], capsys)
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train.py", *little,
-                           "--out", "two.pt"], cwd=tmp_path, capture_output=True, text=True, timeout=120,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            ROOT / "train.py",
+            *little,
+            "--out",
+            "two.pt",
+        ],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("checkpoint") == 1           # one of the two talks
+    assert done.stdout.count("checkpoint") == 1  # one of the two talks
     one, two = (torch.load(file, weights_only=True) for file in ("one.pt", "two.pt"))
-    assert all(torch.allclose(one["last"][name], two["last"][name], rtol=0, atol=1e-5) for name in one["last"])
+    assert all(
+        torch.allclose(one["last"][name], two["last"][name], rtol=0, atol=1e-5)
+        for name in one["last"]
+    )
     assert one["results"] == two["results"]
     first, second = (states["cpu"] for states in two["rng"])  # each goes on with its own dropout
     assert not torch.equal(first, second)
-    assert [e["loss"] for e in one["history"]] == pytest.approx([e["loss"] for e in two["history"]], abs=1e-5)
+    assert [e["loss"] for e in one["history"]] == pytest.approx(
+        [e["loss"] for e in two["history"]], abs=1e-5
+    )
 
 
 @needs_gpu
@@ -476,8 +674,28 @@ def test_replayed_steps_are_the_plain_loops(little, capsys, bert_folder, method,
     no_dropout(bert_folder)
     runs = []
     for more in (["--no_graphs"], []):
-        run([*little, "--device", "cuda", "--epochs", "4", "--method", method, "--dtype", dtype, "--grad_clip", "0.05", *more], capsys)
+        run(
+            [
+                *little,
+                "--device",
+                "cuda",
+                "--epochs",
+                "4",
+                "--method",
+                method,
+                "--dtype",
+                dtype,
+                "--grad_clip",
+                "0.05",
+                *more,
+            ],
+            capsys,
+        )
         runs.append(torch.load("ckpt.pt", weights_only=True))
     plain, graph = runs
-    assert [e["loss"] for e in graph["history"]] == pytest.approx([e["loss"] for e in plain["history"]], abs=tolerance)
-    assert all(torch.allclose(graph["last"][name], w, atol=tolerance) for name, w in plain["last"].items())
+    assert [e["loss"] for e in graph["history"]] == pytest.approx(
+        [e["loss"] for e in plain["history"]], abs=tolerance
+    )
+    assert all(
+        torch.allclose(graph["last"][name], w, atol=tolerance) for name, w in plain["last"].items()
+    )
