@@ -102,75 +102,38 @@ class CondLoRALinear(AdaptedLinear):
         return self.conversion(self.weight)
 
 
-def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.0, exclude=()):
+def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.0):
     """Freeze `model` and adapt, in place, each nn.Linear whose name ends with one of `targets`.
 
     method  "lora" or "condlora". CondLoRA's conversions, one for each target and shape of weight,
             become `model.condlora`, so that a state dict holds each theta once.
-    targets one name or several, of one part or more: "query" finds "layers.0.attention.query" and
-            its like, "attention.out" only those of attention.
+    targets one name or several, of one part or more: "out" finds every layer of that name,
+            "attention.out" only those in a module named "attention".
     rank    from 1 to min(d_in, d_out); alpha: dW is scaled by alpha / rank.
-    exclude names of modules, such as "head", in which nothing is adapted.
 
     Returns the model; the caller unfreezes what else shall train (its head). Adapters are float32.
     Raises ValueError, with the model untouched, where it is adapted already, a target names no
-    nn.Linear or one whose weight is not its own to read, or an argument does not fit.
+    nn.Linear or one that cannot be adapted, or an argument does not fit.
     """
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
-    linears = find_linears(model, method, targets, rank, alpha, exclude)
+    linears = find_linears(model, method, targets, rank, alpha)
     model.requires_grad_(False)
     conversions, adapted = nn.ModuleDict(), {}
     for name, linear in linears.items():
+        arguments = linear.weight, linear.bias, rank, alpha
         if method == "lora":
-            adapted[linear] = LoRALinear(linear.weight, linear.bias, rank, alpha)
+            adapted[linear] = LoRALinear(*arguments)
         else:
             key = f"{target_of(name, targets)}_{linear.out_features}x{linear.in_features}"
             key = key.replace(".", "_")  # which no module's name may contain
             if key not in conversions:
                 conversions[key] = Conversion(linear.weight, rank)
-            adapted[linear] = CondLoRALinear(
-                linear.weight, linear.bias, rank, alpha, conversions[key])
+            adapted[linear] = CondLoRALinear(*arguments, conversions[key])
     replace(model, adapted)
     if conversions:
         model.condlora = conversions
-    model.adapter_settings = {"method": method, "targets": list(targets), "rank": rank,
-                              "alpha": float(alpha), "exclude": list(exclude)}  # for save_adapter
+    model.adapter_settings = dict(method=method, targets=list(targets), rank=rank, alpha=alpha)
     return model
-
-
-def find_linears(model, method, targets, rank, alpha, exclude):
-    """{name: nn.Linear} of what `adapt` shall adapt. Raises ValueError where a request is wrong."""
-    if method not in ("lora", "condlora"):
-        raise ValueError(f"method is {method!r}: use 'lora' or 'condlora'")
-    if adapted_layers(model):
-        raise ValueError("the model is adapted already: adapt a fresh one")
-    if not targets:
-        raise ValueError("targets is empty: name the linear layers to adapt")
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha is {alpha}: it must be a positive number")
-    # Not nn.Linear's subclasses: what they add (quantised weights, say) would be lost.
-    linears = {name: module for name, module in model.named_modules()
-               if type(module) is nn.Linear and name
-               and not any(f"{name}.".startswith(f"{outer}.") for outer in exclude)}
-    for target in targets:
-        if not any(target_of(name, (target,)) for name in linears):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
-            raise ValueError(f"no nn.Linear is named {target!r}: the model has {known}")
-    linears = {name: linear for name, linear in linears.items() if target_of(name, targets)}
-    for name, linear in linears.items():
-        most = min(linear.weight.shape)
-        if not (isinstance(rank, int) and 1 <= rank <= most):
-            raise ValueError(f"rank is {rank}: for {name} it must be from 1 to {most}")
-        if "weight" not in linear._parameters:
-            raise ValueError(f"the weight of {name} is computed by a hook (spectral_norm, prune): "
-                             f"remove that first")
-    for name, module in model.named_modules():
-        # In eval mode its fast path would read the weights past the adapted layers.
-        inside = [linear for linear in linears if linear.startswith(f"{name}.")]
-        if isinstance(module, nn.TransformerEncoderLayer) and inside:
-            raise ValueError(f"{inside[0]} is part of an nn.TransformerEncoderLayer, whose fast "
-                             f"path would pass over the adapter: it cannot be adapted")
-    return linears
 
 
 @torch.no_grad()
@@ -188,7 +151,6 @@ def unmerge(model):
     return model
 
 
-@torch.no_grad()
 def merge_and_unload(model):
     """Turn each adapted layer, in place, into a plain nn.Linear that holds W0 + dW."""
     plain = {}
@@ -200,20 +162,20 @@ def merge_and_unload(model):
     return replace(model, plain)
 
 
-@torch.no_grad()
 def to_lora(model):
     """Turn each CondLoRALinear, in place, into the LoRALinear with the A and B that it made.
 
     From there the layers train apart, and the adapter has the form that LoRA's tools know.
     """
+    settings = getattr(model, "adapter_settings", None)
     turned = {}
     for layer in adapted_layers(model):
         if isinstance(layer, CondLoRALinear):
             lora = LoRALinear(layer.weight, layer.bias, layer.rank, layer.alpha)
             A, B = layer.factors()
-            lora.A.data, lora.B.data, lora.merged = A.contiguous(), B.contiguous(), layer.merged
+            lora.A.data, lora.B.data = A.detach().contiguous(), B.detach().contiguous()
+            lora.merged = layer.merged
             turned[layer] = lora
-    settings = getattr(model, "adapter_settings", None)
     replace(model, turned)
     if settings:
         model.adapter_settings = settings | {"method": "lora"}
@@ -236,9 +198,10 @@ def load_adapter(model, file):
     """
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        settings = {name: value for name, value in saved["settings"].items() if name in SETTINGS}
-        given = {name: tensor for name, tensor in saved["weights"].items()
-                 if name.rpartition(".")[2] in ADAPTER_NAMES}  # not a head's
+        names = "method", "targets", "rank", "alpha"
+        settings = {name: saved["settings"][name] for name in names}
+        weights = {name: tensor for name, tensor in saved["weights"].items()
+                   if name.rpartition(".")[2] in ("A", "B", "theta_A", "theta_B")}  # not a head's
     except (LookupError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError, EOFError):
         raise ValueError(f"{file} holds no adapter: save_adapter writes one") from None
     if not hasattr(model, "adapter_settings"):
@@ -247,7 +210,7 @@ def load_adapter(model, file):
         if value != model.adapter_settings[name]:
             raise ValueError(f"{file}: {name} is {value}, in the model "
                              f"{model.adapter_settings[name]}")
-    copy_tensors(given, adapter_tensors(model), file)
+    copy_tensors(weights, adapter_tensors(model), file)
     return model
 
 
@@ -262,16 +225,11 @@ def copy_tensors(given, parameters, file):
         parameter.data.copy_(given[name])
 
 
-SETTINGS = ("method", "targets", "rank", "alpha", "exclude")
-ADAPTER_NAMES = ("A", "B", "theta_A", "theta_B")
-
-
 def adapter_tensors(model):
     """{name: parameter} of the adapter, each theta once."""
-    owners = {name for name, module in model.named_modules()
-              if isinstance(module, (LoRALinear, Conversion))}
-    return {name: parameter for name, parameter in model.named_parameters()
-            if name.rpartition(".")[0] in owners and name.rpartition(".")[2] in ADAPTER_NAMES}
+    adapter = {p for module in model.modules() if isinstance(module, (LoRALinear, Conversion))
+               for name, p in module.named_parameters() if name not in ("weight", "bias")}
+    return {name: p for name, p in model.named_parameters() if p in adapter}
 
 
 def adapter_parameters(model):
@@ -291,13 +249,43 @@ def replace(model, new):
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, new[old].train(old.training))
     for module in list(model.modules()):
-        if isinstance(getattr(module, "condlora", None), nn.ModuleDict):
-            del module.condlora
         if hasattr(module, "adapter_settings"):
             del module.adapter_settings
+            if hasattr(module, "condlora"):
+                del module.condlora
     return model
 
 
 def target_of(name, targets):
     """The first of `targets` whose parts are the last of `name`, or None."""
     return next((target for target in targets if f".{name}".endswith(f".{target}")), None)
+
+
+def find_linears(model, method, targets, rank, alpha):
+    """{name: nn.Linear} of what `adapt` shall adapt. Raises ValueError where a request is wrong."""
+    if method not in ("lora", "condlora"):
+        raise ValueError(f"method is {method!r}: use 'lora' or 'condlora'")
+    if adapted_layers(model):
+        raise ValueError("the model is adapted already: adapt a fresh one")
+    if not 0 < alpha < math.inf:
+        raise ValueError(f"alpha is {alpha}: it must be a positive number")
+    # Not nn.Linear's subclasses: what they add (quantised weights, say) would be lost.
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    for target in targets or ("",):
+        if not any(target_of(name, (target,)) for name in linears):
+            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
+            raise ValueError(f"no nn.Linear is named {target!r}: the model has {known}")
+    linears = {name: linear for name, linear in linears.items() if target_of(name, targets)}
+    fast_layers = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
+    in_fast_layers = {module for layer in fast_layers for module in layer.modules()}
+    for name, linear in linears.items():
+        most = min(linear.weight.shape)
+        if not (isinstance(rank, int) and 1 <= rank <= most):
+            raise ValueError(f"rank is {rank}: for {name} it must be from 1 to {most}")
+        if "weight" not in linear._parameters:
+            raise ValueError(f"the weight of {name} is computed by a hook (spectral_norm, prune): "
+                             f"remove that first")
+        if linear in in_fast_layers:
+            raise ValueError(f"{name} is part of an nn.TransformerEncoderLayer, whose fast path in "
+                             f"eval mode would pass over the adapter")
+    return linears

@@ -47,22 +47,17 @@ class Config:
     n_out: int = 2  # classes, or 1 for regression
 
     def __post_init__(self):
+        limits = {int: (int, 1, 10 ** 8), float: (float, 0.0, 0.999), str: str}
         for field in dataclasses.fields(self):
-            check(getattr(self, field.name), LIMITS[field.type], field.name)
-        known = {
-            "model_type": ("bert", "roberta", "mpnet"),
-            "hidden_act": ("gelu",),
-            "position_embedding_type": ("absolute",),
-            "relative_attention_num_buckets": (32,),
-        }
-        for name, values in known.items():
-            if getattr(self, name) not in values:
+            if field.name != "pad_token_id":
+                check(getattr(self, field.name), limits[field.type], field.name)
+        check(self.pad_token_id, (int, 0, self.max_position_embeddings - 2), "pad_token_id")
+        for name, known in (("model_type", tuple(HF_NAMES)), ("hidden_act", ("gelu",)),
+                            ("position_embedding_type", ("absolute",)),
+                            ("relative_attention_num_buckets", (32,))):
+            if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {short(getattr(self, name))}: "
-                                 f"this encoder has {', '.join(map(str, values))}")
-        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                     "intermediate_size", "type_vocab_size", "n_out", "max_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be at least 1")
+                                 f"this encoder has {', '.join(map(str, known))}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of "
                              f"num_attention_heads {self.num_attention_heads}")
@@ -72,57 +67,6 @@ class Config:
         """The longest sequence that has positions, in tokens."""
         unused = 0 if self.model_type == "bert" else self.pad_token_id + 1
         return self.max_position_embeddings - unused
-
-    @property
-    def size(self):
-        """How many numbers the encoder has at least: its tables and its layers' products."""
-        d = self.hidden_size
-        rows = self.vocab_size + self.max_position_embeddings
-        return rows * d + self.num_hidden_layers * d * (4 * d + 2 * self.intermediate_size)
-
-
-def check(value, kind, where):
-    """Raise ValueError, which begins with `where`, unless `value` is of this kind.
-
-    A kind is a type; (type, lowest, highest); [kind] for a list; {str: kind} for a dict of any
-    keys; {"name": kind, ...} for a dict that has at least these. An int may stand for a float.
-    """
-    if isinstance(kind, dict):
-        check(value, dict, where)
-        for name, inner in kind.items():
-            if isinstance(name, type):
-                for key, item in value.items():
-                    check(key, name, f"a key of {where}")
-                    check(item, inner, f"{where}: {short(key)}")
-            elif name not in value:
-                raise ValueError(f"{where} has no {name!r}")
-            else:
-                check(value[name], inner, f"{where}: {name}")
-    elif isinstance(kind, list):
-        check(value, list, where)
-        for item in value:
-            check(item, kind[0], f"an entry of {where}")
-    elif isinstance(kind, tuple):
-        of_type, low, high = kind
-        check(value, of_type, where)
-        if not low <= value <= high:
-            raise ValueError(f"{where} is {short(value)}: it must be from {low} to {high}")
-    elif type(value) is not kind and not (kind is float and type(value) is int):
-        raise ValueError(f"{where} is {short(value)}: it must be of type {kind.__name__}")
-
-
-def short(value):
-    """repr, cut where it is long."""
-    if isinstance(value, (dict, list)):
-        return f"a {type(value).__name__}"
-    if type(value) is int and value.bit_length() > 64:
-        return f"an int of {value.bit_length()} bits"
-    text = repr(value)
-    return text if len(text) <= 40 else text[:40] + "..."
-
-
-# By the type of a field of Config; shares (dropout) and small numbers (eps) are below 1.
-LIMITS = {int: (int, 0, 10 ** 8), float: (float, 0.0, 0.999), str: str}
 
 
 class Dropout(nn.Dropout):
@@ -238,7 +182,7 @@ class Head(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out = nn.Linear(config.hidden_size, config.n_out)
+        self.out_proj = nn.Linear(config.hidden_size, config.n_out)
         self.dropout = Dropout(config.hidden_dropout_prob)
         # All but BERT drop the dense layer's input, too.
         self.dropout_first = config.model_type != "bert"
@@ -248,7 +192,7 @@ class Head(nn.Module):
         x = x[:, 0].to(self.dense.weight.dtype)
         if self.dropout_first:
             x = self.dropout(x)
-        return self.out(self.dropout(torch.tanh(self.dense(x))))
+        return self.out_proj(self.dropout(torch.tanh(self.dense(x))))
 
 
 class Transformer(nn.Module):
@@ -312,24 +256,29 @@ class Transformer(nn.Module):
         the file and what is missing or does not fit.
         """
         path = Path(path)
-        if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"no config.json in {path}: it should be a folder with a "
-                                    f"RoBERTa, BERT or MPNet model")
         config = read_config(path / "config.json", n_out)
         file = weights_file(path)
         tensors = read_safetensors(file) if file.suffix == ".safetensors" else read_bin(file)
-        if config.size > file.stat().st_size:  # before anything of that size is allocated
-            raise ValueError(f"{path / 'config.json'} says that the encoder has {config.size:,} "
-                             f"numbers or more, {file} has only {file.stat().st_size:,} bytes")
+        # Before anything of that size is allocated: a layer alone has 4 d^2 numbers.
+        size = (config.vocab_size + 4 * config.num_hidden_layers * config.hidden_size
+                + config.max_position_embeddings) * config.hidden_size
+        if size > file.stat().st_size:
+            raise ValueError(f"{path / 'config.json'} says that the encoder has {size:,} numbers "
+                             f"or more, {file} has only {file.stat().st_size:,} bytes")
         model = cls(config)
         for name, parameter in model.named_parameters():
-            key = hf_name(name, model.config.model_type)
-            tensor = find_tensor(tensors, key, model.config.model_type)
+            key = hf_name(name, config.model_type)
+            # The first releases of BERT call a layer norm's weight and bias gamma and beta.
+            old_key = key.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")
+            tensor = None
+            for known in (old_key, f"{config.model_type}.{old_key}", key,
+                          f"{config.model_type}.{key}"):
+                tensor = tensors.get(known, tensor)
             if name.startswith("head.") and (tensor is None or tensor.shape != parameter.shape):
                 continue
             if tensor is None:
                 raise ValueError(f"{file} has no weight {key}, "
-                                 f"with or without the prefix '{model.config.model_type}.'")
+                                 f"with or without the prefix '{config.model_type}.'")
             if tensor.shape != parameter.shape:
                 raise ValueError(f"{file}: {key} has shape {tuple(tensor.shape)}, "
                                  f"config.json says {tuple(parameter.shape)}")
@@ -339,28 +288,26 @@ class Transformer(nn.Module):
     def save_pretrained(self, path):
         """Write what from_pretrained reads, in float32: transformers reads it too.
 
-        Of a model that condlora adapted and merged, W0 + dW is written. Raises ValueError where it
-        is adapted and not merged, since the files could not hold the adapter.
+        config.json comes last: where it is, the folder is whole. Of a model that condlora adapted
+        and merged, W0 + dW is written. Raises ValueError where it is adapted and not merged, since
+        the files could not hold the adapter.
         """
-        path = Path(path)
+        tensors = {}
+        for name, module in self.named_modules():
+            weights = dict(module.named_parameters(recurse=False))
+            if hasattr(module, "merged"):  # an adapted layer
+                if module.merged is None:
+                    raise ValueError(f"{name} is adapted: merge the model, then save it")
+                weights["weight"] = module.merged
+            for last in weights.keys() & {"weight", "bias"}:
+                key = hf_name(f"{name}.{last}", self.config.model_type)
+                if not key.startswith("classifier"):
+                    key = f"{self.config.model_type}.{key}"
+                tensors[key] = weights[last].detach().cpu()
+        write_safetensors(Path(path) / "model.safetensors", tensors)
         settings = dataclasses.asdict(self.config)
         settings["num_labels"] = settings.pop("n_out")
-        (path / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
-        tensors = {}
-        for name, parameter in self.named_parameters():
-            parent, _, last = name.rpartition(".")
-            module = self.get_submodule(parent)
-            if hasattr(module, "merged") and module.merged is None:
-                raise ValueError(f"{parent} is adapted: merge the model, then save it")
-            if last not in ("weight", "bias"):
-                continue  # an adapter's
-            if hasattr(module, "merged") and last == "weight":
-                parameter = module.merged
-            key = hf_name(name, self.config.model_type)
-            if not key.startswith("classifier"):
-                key = f"{self.config.model_type}.{key}"
-            tensors[key] = parameter.detach().cpu()
-        write_safetensors(path / "model.safetensors", tensors)
+        (Path(path) / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
 # Hugging Face's files ----------------------------------------------------------------------------
@@ -392,8 +339,8 @@ MPNET_ATTENTION = {
     "attention.out.": "attention.attn.o.",
     "norm1": "attention.LayerNorm",
 }
-BERT_HEAD = {"head.dense": "pooler.dense", "head.out": "classifier"}
-ROBERTA_HEAD = {"head.dense": "classifier.dense", "head.out": "classifier.out_proj"}
+BERT_HEAD = {"head.dense": "pooler.dense", "head.out_proj": "classifier"}
+ROBERTA_HEAD = {"head": "classifier"}
 HF_NAMES = {
     "bert": NAMES | BERT_ATTENTION | BERT_HEAD,
     "roberta": NAMES | BERT_ATTENTION | ROBERTA_HEAD,
@@ -408,36 +355,14 @@ def hf_name(name, model_type):
     return name
 
 
-def find_tensor(tensors, key, model_type):
-    """The tensor of that name, with or without the model's prefix; None where there is none."""
-    # The first releases of BERT call a layer norm's weight and bias gamma and beta.
-    old = key.replace("LayerNorm.weight", "LayerNorm.gamma")
-    old = old.replace("LayerNorm.bias", "LayerNorm.beta")
-    for name in (f"{model_type}.{key}", key, f"{model_type}.{old}", old):
-        if name in tensors:
-            return tensors[name]
-    return None
-
-
-def read_json(file):
-    """The object, that is the dict, in a JSON file."""
-    try:
-        settings = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is not JSON: {str(error)[:80]}") from None
-    check(settings, dict, f"{file}")
-    return settings
-
-
 def read_config(file, n_out):
     settings = read_json(file)
-    model_type = settings.get("model_type")
-    if not isinstance(model_type, str) or model_type not in HF_NAMES:
-        raise ValueError(f"{file}: model_type is {short(model_type)}, not {' or '.join(HF_NAMES)}")
+    if settings.get("model_type") not in tuple(HF_NAMES):
+        raise ValueError(f"{file}: model_type is {short(settings.get('model_type'))}, "
+                         f"not {' or '.join(HF_NAMES)}")
     known = {field.name for field in dataclasses.fields(Config)} - {"n_out"}
-    given = {name: value for name, value in settings.items()
-             if name in known and value is not None}
-    if model_type != "bert":
+    given = {name: settings[name] for name in known if settings.get(name) is not None}
+    if settings["model_type"] != "bert":
         given.setdefault("pad_token_id", 1)
     try:
         return Config(n_out=n_out, **given)
@@ -475,35 +400,24 @@ def read_safetensors(file):
     The file is 8 bytes with the header's length, a JSON header with each tensor's dtype, shape and
     place in bytes, then the numbers. Raises ValueError where these contradict each other.
     """
-    raw = np.memmap(file, mode="r") if Path(file).stat().st_size else np.zeros(0, np.uint8)
-    length = int.from_bytes(raw[:8].tobytes(), "little")
-    if len(raw) < 8 or 8 + length > len(raw):
-        raise ValueError(f"{file} is cut short or no safetensors file: "
-                         f"{len(raw)} bytes cannot hold its header")
-    body = raw[8 + length:]
+    name = "its header"
     try:
-        header = json.loads(raw[8:8 + length].tobytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file}: its header is damaged: {str(error)[:80]}") from None
-    check(header, dict, f"{file}: its header")
-    header.pop("__metadata__", None)
-    entry = {"dtype": str, "shape": [(int, 0, 2 ** 62)], "data_offsets": [int]}
-    check(header, {str: entry}, f"{file}: its header")
-    tensors = {}
-    for name, entry in header.items():
-        dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if dtype not in DTYPES:
-            raise ValueError(f"{file}: {short(name)} is of type {dtype[:20]}, "
-                             f"which is none of {', '.join(DTYPES)}")
-        begin, end = offsets if len(offsets) == 2 else (0, -1)
-        if not 0 <= begin <= end <= len(body) or (
-                end - begin != math.prod(shape) * DTYPES[dtype].itemsize):
-            raise ValueError(f"{file} is cut short or damaged: {short(name)}, {dtype} of shape "
-                             f"{str(shape)[:40]}, is said to be bytes {str(begin)[:20]} to "
-                             f"{str(end)[:20]} of {len(body)}")
-        numbers = torch.from_numpy(np.array(body[begin:end]))
-        tensors[name] = numbers.view(DTYPES[dtype]).view(shape)
-    return tensors
+        raw = np.memmap(file, mode="c")
+        length = int.from_bytes(raw[:8].tobytes(), "little")
+        header, body = json.loads(raw[8:8 + length].tobytes()), torch.from_numpy(raw[8 + length:])
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            if not 0 <= begin <= end <= len(body):
+                raise ValueError(f"bytes {begin} to {end} of {len(body)}")
+            numbers = body[begin:end].clone()  # aligned
+            tensors[name] = numbers.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+        return tensors
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError,
+            OverflowError) as error:
+        raise ValueError(f"{file} is cut short, damaged or no safetensors file, at {short(name)}: "
+                         f"{type(error).__name__} {str(error)[:80]}") from None
 
 
 def write_safetensors(file, tensors):
@@ -514,7 +428,63 @@ def write_safetensors(file, tensors):
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8
-    with open(file, "wb") as out:
+    partial = Path(f"{file}.part")
+    with open(partial, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():
             out.write(tensor.contiguous().numpy().astype("<f4").tobytes())
+    partial.replace(file)
+
+
+# What is wrong with a file -----------------------------------------------------------------------
+
+def read_json(file):
+    """The object, that is the dict, in a JSON file."""
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"no {Path(file).name} in {Path(file).parent}")
+    try:
+        settings = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is not JSON: {str(error)[:80]}") from None
+    check(settings, dict, f"{file}")
+    return settings
+
+
+def check(value, kind, where):
+    """Raise ValueError, which begins with `where`, unless `value` is of this kind.
+
+    A kind is a type; (type, lowest, highest); [kind] for a list; {str: kind} for a dict of any
+    keys; {"name": kind, ...} for a dict that has at least these. An int may stand for a float.
+    """
+    if isinstance(kind, dict):
+        check(value, dict, where)
+        for name, inner in kind.items():
+            if isinstance(name, type):
+                for key, item in value.items():
+                    check(key, name, f"a key of {where}")
+                    check(item, inner, f"{where}: {short(key)}")
+            elif name not in value:
+                raise ValueError(f"{where} has no {name!r}")
+            else:
+                check(value[name], inner, f"{where}: {name}")
+    elif isinstance(kind, list):
+        check(value, list, where)
+        for item in value:
+            check(item, kind[0], f"an entry of {where}")
+    elif isinstance(kind, tuple):
+        of_type, low, high = kind
+        check(value, of_type, where)
+        if not low <= value <= high:
+            raise ValueError(f"{where} is {short(value)}: it must be from {low} to {high}")
+    elif type(value) is not kind and not (kind is float and type(value) is int):
+        raise ValueError(f"{where} is {short(value)}: it must be of type {kind.__name__}")
+
+
+def short(value):
+    """repr, cut where it is long."""
+    if isinstance(value, (dict, list)):
+        return f"a {type(value).__name__}"
+    if type(value) is int and value.bit_length() > 64:
+        return f"an int of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= 40 else text[:40] + "..."

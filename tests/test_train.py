@@ -145,8 +145,8 @@ def test_each_method_trains_what_it_says_and_no_more(little, capsys, method, tra
             "condlora.value_8x8.theta_B",
             "head.dense.bias",
             "head.dense.weight",
-            "head.out.bias",
-            "head.out.weight",
+            "head.out_proj.bias",
+            "head.out_proj.weight",
         ]
 
 
@@ -613,7 +613,7 @@ def test_frozen_weights_do_not_move(little, capsys, monkeypatch, bert_folder, me
     fresh = Transformer.from_pretrained(bert_folder).state_dict()
     encoder = [name for name in fresh if not name.startswith("head.")]
     assert all(torch.equal(models[0].state_dict()[name], fresh[name]) for name in encoder)
-    assert not torch.equal(models[0].head.out.weight, fresh["head.out.weight"])
+    assert not torch.equal(models[0].head.out_proj.weight, fresh["head.out_proj.weight"])
 
 
 def test_in_bfloat16_what_trains_and_w0_stay_float32(bert_folder):
