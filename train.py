@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -34,7 +33,7 @@ from tqdm import tqdm
 
 from condlora import adapt, adapted_layers, adapter_parameters
 from data import checkpoint as checkpoints
-from data import glue, own, peft_format, tokenizer, toy
+from data import glue, peft_format, tokenizer, toy
 from data.batches import Encoded, by_width, shuffled
 from model import Config, Transformer, short
 
@@ -52,7 +51,7 @@ LEARNING_RATE = {
 }
 EPOCHS = {"toy": 14, "glue": 20}
 BATCH_SIZE = {"toy": 32, "glue": 16}
-EXCLUDE = ["head"]  # from what is adapted: it trains as a whole
+TARGETS = ("query", "key", "value", "out", "fc1", "fc2")
 
 
 # Training ----------------------------------------------------------------------------------------
@@ -62,88 +61,76 @@ def train(model, forward, data, metrics, args, checkpoint):
 
     After each epoch the checkpoint is filled in and saved.
     """
-    split = data["train"]
+    split, history = data["train"], checkpoint["history"]
     device, n = split.labels.device, len(split.labels)
     optimizer = make_optimizer(model, args)
-    step = fastest(Step(forward, split, optimizer, args.grad_clip), args)
-    history = checkpoint["history"]
-    torch.manual_seed(args.seed + PROCESS)  # of dropout
     if history:
         checkpoints.unpack_state(checkpoint, model, optimizer, args.resume)
-        if PROCESS < len(checkpoint["rng"]):
-            checkpoints.unpack_generators(checkpoint["rng"][PROCESS], device, args.resume)
-
-    steps_per_epoch = -(-n // args.batch_size)
-    steps, number = args.epochs * steps_per_epoch, len(history) * steps_per_epoch
-    bar = tqdm(total=steps, initial=number, desc=f"{args.task} {args.method}", disable=SILENT)
+    step = make_step(forward, split, optimizer, args.grad_clip)
+    if device.type == "cuda" and not args.no_graphs:
+        step = Recorded(step)
+    steps_per_epoch = math.ceil(n / args.batch_size)
+    steps, done = args.epochs * steps_per_epoch, len(history) * steps_per_epoch
+    bar = tqdm(total=steps, initial=done, desc=f"{args.task} {args.method}", disable=SILENT)
     for epoch in range(len(history) + 1, args.epochs + 1):
         if args.patience and history and epoch - best_of(history)["epoch"] > args.patience:
             break
         model.train()
-        began, loss, seen = time.perf_counter(), torch.zeros((), device=device), 0
-        order = shuffled(split.widths, args.batch_size, [args.seed, epoch])
-        for rows, width, padded in split.batches(order):
-            set_learning_rate(optimizer, args.lr * schedule(number, steps, args.warmup))
-            loss += step(rows, width, padded)  # the batch's summed loss
-            number, seen = number + 1, seen + len(rows)
+        # An epoch has the same dropout, whether or not the run was stopped before it.
+        dropout_seed = np.random.default_rng([args.seed, epoch, PROCESS]).integers(2 ** 63)
+        torch.manual_seed(int(dropout_seed))
+        began, loss = time.perf_counter(), torch.zeros((), device=device)
+        for batch in split.batches(shuffled(split.widths, args.batch_size, [args.seed, epoch])):
+            lr = args.lr * schedule(done, steps, args.warmup)
+            set_learning_rate(optimizer, lr)
+            loss += step(*batch)
+            done += 1
             bar.update()
-            # Seldom: to read the loss is to wait for the device.
-            if IS_MASTER and number % 100 == 0:
-                bar.set_postfix(loss=f"{loss.item() * PROCESSES / seen:.3f}")
         loss = sum_over_processes(loss).item() / n
         seconds = time.perf_counter() - began
-        if not np.isfinite(loss):
+        if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} in epoch {epoch}: "
                              f"try --lr lower than {args.lr:g}")
 
         figures = evaluate(model, forward, data["validation"], metrics, args.batch_size)
         history.append({"epoch": epoch, "loss": loss, "seconds": seconds, "validation": figures})
+        checkpoint.update(checkpoints.pack_state(model, optimizer))
         is_best = best_of(history)["epoch"] == epoch
         if is_best:
-            checkpoint["best_epoch"] = epoch
-            checkpoint["weights"] = checkpoints.trained_weights(model)
-        checkpoint["rng"] = of_all_processes(checkpoints.pack_generators(device))
-        checkpoint.update(checkpoints.pack_state(model, optimizer))
+            checkpoint.update(best_epoch=epoch, weights=checkpoint["last"])
         if IS_MASTER:
             checkpoints.save(checkpoint, args.out)
             tqdm.write(f"epoch {epoch:2d}  loss {loss:.3f}  validation {text_of(figures)}"
                        + ("  best so far" if is_best else ""))
             if args.log:
-                append_json(args.log, {"epoch": epoch, "step": number, "loss": loss, **figures,
-                                       "lr": args.lr * schedule(number - 1, steps, args.warmup),
-                                       "examples_per_second": n / seconds})
+                line = {"epoch": epoch, "step": done, "loss": loss, **figures, "lr": lr,
+                        "examples_per_second": n / seconds}
+                with open(args.log, "a", encoding="utf-8") as log:
+                    log.write(json.dumps(line) + "\n")
     bar.close()
-    constant = constant_loss(split.labels)
+    constant = constant_loss(split.labels.cpu())
     if IS_MASTER and history[-1]["loss"] > 0.98 * constant:
         print(f"the last training loss, {history[-1]['loss']:.3f}, is no better than a constant "
               f"answer's, {constant:.3f}: try --lr lower than {args.lr:g}")
 
 
-class Step:
-    """One training step, as a function of a batch of `split`; returns the batch's summed loss."""
+def make_step(forward, split, optimizer, grad_clip):
+    """A function of a batch of `split`: one training step, which returns the summed loss."""
+    [group] = optimizer.param_groups
 
-    def __init__(self, forward, split, optimizer, grad_clip):
-        self.forward, self.split = forward, split
-        self.optimizer, self.grad_clip = optimizer, grad_clip
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-
-    def __call__(self, rows, width, padded):
-        loss = self.backward(rows, width, padded, len(rows))
-        self.update()
-        return loss
-
-    def backward(self, rows, width, padded, n):
-        """The gradient of the mean loss over n rows, of which these are all or a share."""
-        self.optimizer.zero_grad()
-        inputs, labels = self.split.batch(rows, width, padded)
-        loss = summed_loss(self.forward(*inputs), labels)
-        (loss / n).backward()
+    def step(rows, width, padded):
+        share = rows[PROCESS::PROCESSES]  # all of them, where there is one process
+        inputs, labels = split.batch(share, width, padded)
+        loss = summed_loss(forward(*inputs), labels)
+        optimizer.zero_grad()
+        (loss / len(rows)).backward()
+        if PROCESSES > 1:
+            sum_gradients(group["params"])
+        if grad_clip:
+            torch.nn.utils.clip_grad_norm_(group["params"], grad_clip)
+        optimizer.step()
         return loss.detach()
-
-    def update(self):
-        if self.grad_clip:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.grad_clip)
-        self.optimizer.step()
+    return step
 
 
 def make_optimizer(model, args):
@@ -164,11 +151,9 @@ def summed_loss(logits, labels):
 
 def constant_loss(labels):
     """The mean loss of the best answer that is the same for every input."""
-    labels = labels.cpu()
     if labels.is_floating_point():
         return labels.var(correction=0).item()
-    share = labels.bincount() / len(labels)
-    return torch.special.entr(share).sum().item()
+    return torch.special.entr(labels.bincount() / len(labels)).sum().item()
 
 
 def schedule(step, steps, warmup):
@@ -178,11 +163,11 @@ def schedule(step, steps, warmup):
 
 
 def set_learning_rate(optimizer, lr):
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+    [group] = optimizer.param_groups
+    if isinstance(group["lr"], torch.Tensor):
+        group["lr"].fill_(lr)
+    else:
+        group["lr"] = lr
 
 
 def evaluate(model, forward, split, metrics, batch_size):
@@ -197,31 +182,15 @@ def outputs_of(model, forward, split, batch_size):
     """(n, n_out) on the CPU. The processes share out the batches, 8 times the training ones."""
     model.eval()
     outputs = torch.zeros(len(split.labels), model.config.n_out, device=split.labels.device)
-    order = by_width(split.widths, 8 * batch_size)
-    for rows, width, padded in split.batches(order)[PROCESS::PROCESSES]:
-        inputs, _ = split.batch(rows, width, padded)
+    for rows, *form in split.batches(by_width(split.widths, 8 * batch_size))[PROCESS::PROCESSES]:
+        inputs, _ = split.batch(rows, *form)
         outputs[rows] = forward(*inputs).float()
     return sum_over_processes(outputs).cpu()
-
-
-def print_predictions(outputs, classes):
-    """A line each: the label and its probability, or a regression's number."""
-    for logits in outputs:
-        if classes:
-            probability, label = logits.softmax(0).max(0)
-            print(f"{classes[label]}\t{probability:.4f}")
-        else:
-            print(f"{logits[0]:.4f}")
 
 
 def best_of(history):
     """The epoch with the best validation figure, the first of equals."""
     return max(history, key=lambda epoch: next(iter(epoch["validation"].values())))
-
-
-def append_json(file, entry):
-    with open(file, "a", encoding="utf-8") as out:
-        out.write(json.dumps(entry) + "\n")
 
 
 def text_of(figures):
@@ -241,97 +210,60 @@ def is_own(task):
 def load_task(args):
     """(splits, names of the classes or (), metrics(predictions, labels)) of a task."""
     if args.task in toy.TASKS:
-        accuracy = lambda predictions, labels: {"accuracy": float(np.mean(predictions == labels))}
-        return toy.load(args.task), ("0", "1"), accuracy
+        metrics = lambda predictions, labels: glue.metrics("rte", predictions, labels)  # accuracy
+        return toy.load(args.task), ("0", "1"), metrics
     if is_glue(args.task):
         metrics = lambda predictions, labels: glue.metrics(args.task, predictions, labels)
-        splits = glue.load(args.task, args.data_dir)
-        return splits, glue.TASKS[glue.canonical(args.task)].classes, metrics
+        classes = glue.TASKS[glue.canonical(args.task)].classes
+        return glue.load(args.task, args.data_dir), classes, metrics
     if not Path(args.task).is_dir():
         known = ", ".join((*toy.TASKS, *glue.TASKS))
         raise ValueError(f"--task {args.task[:100]} is neither a folder nor one of {known}")
-    splits, classes = own.load(args.task, args.regression)
-    return splits, classes, own.metrics(classes)
-
-
-def read_texts(file, n_texts):
-    """A Split without labels: each line of a file ("-" for standard input) is a text, or two."""
-    try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}") from None
-    lines = text.removesuffix("\n").split("\n") if text else []
-    texts = [tuple(line.removesuffix("\r").split("\t")) for line in lines]
-    for number, columns in enumerate(texts, 1):
-        if len(columns) != n_texts:
-            raise ValueError(f"{file}, line {number}: {len(columns)} texts, with a tab between "
-                             f"them; the model was trained on {n_texts}")
-    if not texts:
-        raise ValueError(f"{file} has no lines")
-    return glue.Split(texts, [0] * len(texts))
-
-
-def find_encoder(args, checkpoint, device):
-    """The folder with the pretrained encoder."""
-    if args.init_from is None and checkpoint:
-        return checkpoints.find_encoder(checkpoint, args.resume or args.eval_only)
-    if args.init_from is None and args.task in toy.TASKS:
-        return toy_encoder(args.pretrain_steps, device)
-    name = args.init_from or "roberta-base"
-    for folder in (Path(name), DATA / "models" / name):
-        if folder.is_dir():
-            if checkpoint:
-                checkpoints.find_encoder(checkpoint, args.resume or args.eval_only, folder)
-            return folder
-    raise FileNotFoundError(f"no folder {name}, here or under {DATA / 'models'}: "
-                            f"python data/download.py {name} fetches a model of that name")
+    splits, classes = glue.load_folder(args.task, args.regression)
+    return splits, classes, glue.accuracy_and_macro_f1 if classes else glue.correlations
 
 
 def build(args, folder, n_out):
     """The encoder, adapted; what shall train requires a gradient, nothing else does."""
     model = Transformer.from_pretrained(folder, n_out)
     if args.method in ("condlora", "lora"):
-        adapt(model, args.method, args.targets, args.rank, args.alpha, EXCLUDE)
+        adapt(model, args.method, args.targets, args.rank, args.alpha)
     elif args.method == "head":
         model.requires_grad_(False)
     model.head.requires_grad_(True)
     return model
 
 
+def find_encoder(args, checkpoint, device):
+    """The folder with the pretrained encoder."""
+    file = args.resume or args.eval_only
+    if args.init_from is None and checkpoint:
+        return checkpoints.find_encoder(checkpoint, file)
+    if args.init_from is None and args.task in toy.TASKS:
+        return toy_encoder(args.pretrain_steps, device)
+    name = args.init_from or "roberta-base"
+    for folder in (Path(name), DATA / "models" / name):
+        if folder.is_dir():
+            return checkpoints.find_encoder(checkpoint, file, folder) if checkpoint else folder
+    raise FileNotFoundError(f"no folder {name}, here or under {DATA / 'models'}: "
+                            f"python data/download.py {name} fetches a model of that name")
+
+
 def toy_encoder(steps, device):
     """Folder of the encoder pretrained on the toy language, made the first time and kept."""
     folder = DATA / "models" / f"toy-{steps}"
-    if (folder / "config.json").is_file():
-        return folder
-    vocabulary = toy.vocabulary()
-    # BERT's initializer_range 0.02 is for d = 768. With it, at d = 64, attention would take 1,500
-    # steps to become useful.
-    config = Config(vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=4,
-                    num_attention_heads=4, intermediate_size=256, max_position_embeddings=32,
-                    hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-                    initializer_range=0.1)
-    remove_leftovers(folder)
-    partial = folder.with_name(f"{folder.name}.part{os.getpid()}")
-    partial.mkdir(parents=True)
-    try:
-        (partial / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-        pretrain(config, tokenizer.load(partial), steps, device).save_pretrained(partial)
-        if not folder.exists():  # another run may have been faster
-            partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    if not (folder / "config.json").is_file():
+        vocabulary = toy.vocabulary()
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+        # BERT's initializer_range 0.02 is for d = 768. With it, at d = 64, attention would take
+        # 1,500 steps to become useful.
+        config = Config(vocab_size=len(vocabulary), hidden_size=64, num_hidden_layers=4,
+                        num_attention_heads=4, intermediate_size=256, max_position_embeddings=32,
+                        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+                        initializer_range=0.1)
+        pretrain(config, tokenizer.load(folder), steps, device).save_pretrained(folder)
     return folder
-
-
-def remove_leftovers(folder):
-    """Of runs that were killed while they pretrained: the process that a name ends with is gone."""
-    for partial in folder.parent.glob(f"{folder.name}.part*"):
-        try:
-            os.kill(int(partial.name.rpartition("part")[2]), 0)  # sends nothing
-        except ProcessLookupError:
-            shutil.rmtree(partial, ignore_errors=True)
-        except (ValueError, OSError):
-            pass  # somebody's live process, or no number
 
 
 def pretrain(config, tok, steps, device, batch_size=64, lr=3e-3, masked=0.2):
@@ -361,52 +293,158 @@ def pretrain(config, tok, steps, device, batch_size=64, lr=3e-3, masked=0.2):
 
 # The command line --------------------------------------------------------------------------------
 
+def run(argv):
+    args, checkpoint = arguments(argv)
+    file = args.resume or args.eval_only
+    device = pick_device(args.device)
+    complete(args, device)
+    be_deterministic(device)
+    if PROCESSES > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if args.predict or args.export:
+        splits, classes = {}, checkpoint["classes"]
+        if args.predict:
+            splits["lines"] = read_texts(args.predict, checkpoint["n_texts"])
+    else:
+        splits, classes, metrics = load_task(args)
+        if checkpoint and checkpoint["classes"] != list(classes):
+            raise ValueError(f"{file} was trained on the classes {short(checkpoint['classes'])}, "
+                             f"{args.task} has {short(classes)}")
+    folder = find_encoder(args, checkpoint, device)
+
+    torch.manual_seed(args.seed)
+    with checkpoints.naming(file):
+        model = build(args, folder, len(classes) or 1).to(device)
+    if args.eval_only:
+        checkpoints.load_weights(checkpoint["weights"], model, file)
+    if args.export:
+        peft_format.export(model, folder, args.export)
+        print(args.export)
+        return
+    forward = fast_forward(model, args, device)
+    tok = tokenizer.load(folder)
+    if tok.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, "
+                         f"the model {model.config.vocab_size}")
+    max_len = min(args.max_len, model.config.max_len)
+    with checkpoints.naming(file):
+        data = {name: Encoded(split, tok, max_len, device) for name, split in splits.items()}
+    if args.predict:
+        print_predictions(outputs_of(model, forward, data["lines"], args.batch_size), classes)
+        return
+
+    if not checkpoint:
+        settings = {name: str(value) if isinstance(value, Path) else value
+                    for name, value in vars(args).items() if name not in NOT_KEPT}
+        checkpoint = {
+            "task": args.task, "classes": list(classes), "settings": settings,
+            "n_texts": len(splits["train"].texts[0]), "config": vars(model.config),
+            "encoder": {"path": str(folder.resolve()), "sha256": checkpoints.sha256(folder)},
+            "history": [],
+        }
+    if not args.eval_only:
+        train(model, forward, data, metrics, args, checkpoint)
+        checkpoints.load_weights(checkpoint["weights"], model, args.out)  # of the best epoch
+    figures = {name: evaluate(model, forward, split, metrics, args.batch_size)
+               for name, split in data.items() if name != "train"}
+    if IS_MASTER:
+        if not args.eval_only:
+            checkpoint["results"] = figures
+            checkpoints.save(checkpoint, args.out)
+        report(args, model, checkpoint, figures, len(splits["train"].labels))
+
+
+def report(args, model, checkpoint, figures, examples):
+    count = lambda parameters: sum(p.numel() for p in parameters)
+    adapter = count(adapter_parameters(model))
+    encoder = count(model.parameters()) - count(model.head.parameters()) - adapter
+    trained = encoder if args.method == "full" else adapter
+    history = checkpoint["history"]
+    speed = examples * len(history) / sum(epoch["seconds"] for epoch in history)
+    rows = {
+        "task": args.task,
+        "method": args.method + (f", rank {args.rank}" if adapter else ""),
+        "all weights" if args.method == "full" else "adapter parameters":
+            f"{trained:,} ({trained / encoder:.2%} of the encoder's {encoder:,})",
+        **{name.replace("_", " "): text_of(values) for name, values in figures.items()},
+        "best epoch": f"{checkpoint['best_epoch']} of {len(history)}",
+        "training speed": f"{speed:,.0f} examples/s",
+        "checkpoint": args.eval_only or args.out,
+    }
+    for name, value in rows.items():
+        print(f"{name:20}{value}")
+
+
+def read_texts(file, n_texts):
+    """A Split without labels: each line of a file ("-" for standard input) is a text, or two."""
+    try:
+        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8: {error}") from None
+    lines = text.removesuffix("\n").split("\n") if text else []
+    texts = [tuple(line.removesuffix("\r").split("\t")) for line in lines]
+    for number, columns in enumerate(texts, 1):
+        if len(columns) != n_texts:
+            raise ValueError(f"{file}, line {number}: {len(columns)} texts, with a tab between "
+                             f"them; the model was trained on {n_texts}")
+    if not texts:
+        raise ValueError(f"{file} has no lines")
+    return glue.Split(texts, [0] * len(texts))
+
+
+def print_predictions(outputs, classes):
+    """A line each: the label and its probability, or a regression's number."""
+    for logits in outputs if IS_MASTER else ():
+        if classes:
+            probability, label = logits.softmax(0).max(0)
+            print(f"{classes[label]}\t{probability:.4f}")
+        else:
+            print(f"{logits[0]:.4f}")
+
+
 def arguments(argv):
     """(options, the checkpoint that --resume or --eval_only names or None)."""
     parser = make_parser()
     args = parser.parse_args(argv)
     file = args.resume or args.eval_only
-    for name in ("predict", "export"):
-        if getattr(args, name) and not args.eval_only:
-            raise ValueError(f"--{name} asks a trained model: say which with --eval_only CKPT")
+    if (args.predict or args.export) and not args.eval_only:
+        raise ValueError("--predict and --export ask a trained model: say which with --eval_only")
     if not file:
         return args, None
     checkpoint = checkpoints.load(file)
     # The checkpoint's settings, as words, stand before the command line's own.
     words = ["--out", str(file)]
-    settings = {name: value for name, value in checkpoint["settings"].items() if name != "exclude"}
-    for name, value in settings.items():
+    for name, value in checkpoint["settings"].items():
         if name not in vars(args) or name in NOT_KEPT:
             raise ValueError(f"{file} has a setting {name!r:.40} that there is not")
         if value is True:
             words.append(f"--{name}")
-        elif value not in (None, False) and name != "init_from":
+        elif value not in (None, False):
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     try:
-        trained = parser.parse_args(words)
+        kept = parser.parse_args(words)
     except ValueError as error:
         raise ValueError(f"{file} has a setting that is none: {str(error)[:150]}") from None
     args = parser.parse_args([*words, *argv])
-    for name in settings:
-        given, value = getattr(args, name), getattr(trained, name)
-        may_differ = name in ("init_from", "data_dir", "dtype")
-        if name == "task" and is_own(given) and is_own(value):
-            may_differ = True  # the folder has moved
-        if given != value and not may_differ:
+    for name in checkpoint["settings"]:
+        given, value = getattr(args, name), getattr(kept, name)
+        has_moved = name == "data_dir" or name == "task" and is_own(given) and is_own(value)
+        if given != value and name != "dtype" and not has_moved:
             raise ValueError(f"--{name} {given} contradicts {file}, trained with {value}: "
                              f"leave it out")
     return args, checkpoint
 
 
-NOT_KEPT = ("device", "no_graphs", "compile", "out", "log", "resume", "eval_only", "predict",
-            "export")  # in the checkpoint's settings
+# In the checkpoint's settings.
+NOT_KEPT = ("init_from", "device", "no_graphs", "compile", "out", "log", "resume", "eval_only",
+            "predict", "export")
 
 
 def make_parser():
     intro, _, rest = __doc__.partition("\n")
     parser = argparse.ArgumentParser(description=intro, epilog=rest,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
+    add, many = parser.add_argument, 10 ** 9
     add("--task", default="toy", type=task_name, help=f"{', '.join(toy.TASKS)} (made up, needs no "
         f"files), GLUE's {', '.join(glue.TASKS)}, or a folder of yours with train.tsv and perhaps "
         f"dev.tsv, whose first line is text (or text1, text2) and label; default toy")
@@ -419,30 +457,30 @@ def make_parser():
         "the toy encoder, or roberta-base")
     add("--data_dir", default=DATA / "glue", type=lambda text: Path(text).resolve(),
         help="folder with GLUE's CoLA, SST-2, ...; default data/glue")
-    add("--rank", type=between(int, 1, 10 ** 9), default=8, help="r, the adapter's rank; default 8")
+    add("--rank", type=between(int, 1, many), default=8, help="r, the adapter's rank; default 8")
     add("--alpha", type=between(float, 1e-30, 1e30), default=8.0,
         help="the update is scaled by alpha / rank; default 8")
     add("--targets", nargs="+", default=["query", "value"],
-        help="linear layers to adapt, of query key value out fc1 fc2; default query value")
+        help=f"linear layers to adapt, of {', '.join(TARGETS)}; default query value")
     add("--lr", type=between(float, 1e-30, 1e30),
         help=f"highest learning rate; default by method, {LEARNING_RATE}")
-    add("--epochs", type=between(int, 1, 10 ** 9), help=f"default {EPOCHS}")
-    add("--batch_size", type=between(int, 1, 10 ** 9), help=f"default {BATCH_SIZE}")
-    add("--max_len", type=between(int, 1, 10 ** 9), default=128,
+    add("--epochs", type=between(int, 1, many), help=f"default {EPOCHS}")
+    add("--batch_size", type=between(int, 1, many), help=f"default {BATCH_SIZE}")
+    add("--max_len", type=between(int, 1, many), default=128,
         help="longest input, in tokens, at most the encoder's positions; default 128")
     add("--warmup", type=between(float, 0, 1), default=0.1,
         help="share of the steps in which the rate rises, then it falls to 0; default 0.1")
     add("--weight_decay", type=between(float, 0, 1e30), default=0.1, help="AdamW's; default 0.1")
     add("--grad_clip", type=between(float, 0, 1e30), default=1.0,
         help="largest global norm of the gradient, 0 for any; default 1")
-    add("--patience", type=between(int, 1, 10 ** 9),
+    add("--patience", type=between(int, 1, many),
         help="stop after so many epochs without a better validation figure; default never")
     add("--seed", type=between(int, 0, 2 ** 32 - 1), default=0,
         help="the same seed on the same machine gives the same figures; default 0")
     add("--device", help="cuda, cpu or mps; default the best there is")
     add("--dtype", choices=("float32", "bfloat16"), help="to compute in; what trains stays "
         "float32. Default bfloat16 on cuda, else float32")
-    add("--pretrain_steps", type=between(int, 1, 10 ** 9), default=1500,
+    add("--pretrain_steps", type=between(int, 1, many), default=1500,
         help="of the toy encoder, where it is not there yet; default 1500")
     add("--no_graphs", action="store_true", help="on cuda, launch every kernel of every step; "
         "default no, CUDA graphs are replayed")
@@ -486,7 +524,7 @@ def between(kind, low, high):
 
 
 def complete(args, device):
-    """Fill in what the command line leaves to the task, the method and the device."""
+    """Fill in what the command line leaves open; raise ValueError where it cannot be done."""
     kind = "toy" if args.task in toy.TASKS else "glue"
     args.lr = args.lr or LEARNING_RATE[kind][args.method]
     args.epochs = args.epochs or EPOCHS[kind]
@@ -494,6 +532,10 @@ def complete(args, device):
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if args.regression and not is_own(args.task):
         raise ValueError(f"--regression is for your own data, --task is {args.task}")
+    for target in args.targets:
+        if target.rpartition(".")[2] not in TARGETS:
+            raise ValueError(f"--targets {target} names no linear layer of the encoder: "
+                             f"use {', '.join(TARGETS)}")
     if IS_MASTER and not args.eval_only:
         checkpoints.check_writable(args.out, "--out")
         if args.log:
@@ -528,97 +570,6 @@ def be_deterministic(device):
     if device.type != "mps":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
-
-
-def new_checkpoint(args, folder, model, classes, split):
-    settings = {name: str(value) if isinstance(value, Path) else value
-                for name, value in vars(args).items() if name not in NOT_KEPT}
-    encoder = {"path": str(folder.resolve()), "sha256": checkpoints.sha256(folder)}
-    settings["exclude"] = EXCLUDE  # for load_adapter
-    return {"settings": settings, "task": args.task, "classes": list(classes),
-            "n_texts": len(split.texts[0]), "config": vars(model.config), "encoder": encoder,
-            "history": []}
-
-
-def run(argv):
-    args, checkpoint = arguments(argv)
-    file = args.resume or args.eval_only
-    device = pick_device(args.device)
-    complete(args, device)
-    be_deterministic(device)
-    start_processes(device)
-    if args.predict:
-        splits = {"lines": read_texts(args.predict, checkpoint["n_texts"])}
-        classes, metrics = checkpoint["classes"], None
-    elif args.export:
-        splits, classes, metrics = {}, checkpoint["classes"], None
-    else:
-        splits, classes, metrics = load_task(args)
-        if checkpoint and checkpoint["classes"] != list(classes):
-            raise ValueError(f"{file} was trained on the classes {short(checkpoint['classes'])}, "
-                             f"{args.task} has {short(classes)}")
-    with master_first():  # it may have to pretrain the toy encoder
-        folder = find_encoder(args, checkpoint, device)
-    if args.init_from:
-        args.init_from = str(folder.resolve())
-
-    torch.manual_seed(args.seed)
-    with checkpoints.naming(file):
-        model = build(args, folder, len(classes) or 1).to(device)
-    if args.eval_only:
-        checkpoints.load_weights(checkpoint["weights"], model, file)
-    if args.export:
-        peft_format.export(model, args.method, folder, args.export)
-        print(args.export)
-        return
-    forward = fast_forward(model, args, device)
-    tok = tokenizer.load(folder)
-    if tok.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, "
-                         f"the model {model.config.vocab_size}")
-    max_len = min(args.max_len, model.config.max_len)
-    with checkpoints.naming(file):
-        data = {name: Encoded(split, tok, max_len, device) for name, split in splits.items()}
-    if args.predict:
-        outputs = outputs_of(model, forward, data["lines"], args.batch_size)
-        if IS_MASTER:
-            print_predictions(outputs, classes)
-        return
-
-    if not checkpoint:
-        checkpoint = new_checkpoint(args, folder, model, classes, splits["train"])
-    if not args.eval_only:
-        train(model, forward, data, metrics, args, checkpoint)
-        checkpoints.load_weights(checkpoint["weights"], model, args.out)  # of the best epoch
-    figures = {name: evaluate(model, forward, split, metrics, args.batch_size)
-               for name, split in data.items() if name != "train"}
-    if IS_MASTER:
-        if not args.eval_only:
-            checkpoint["results"] = figures
-            checkpoints.save(checkpoint, args.out)
-        report(args, model, checkpoint, figures, len(splits["train"].labels))
-
-
-def report(args, model, checkpoint, figures, examples):
-    count = lambda parameters: sum(p.numel() for p in parameters)
-    adapter = count(adapter_parameters(model))
-    encoder = count(model.parameters()) - count(model.head.parameters()) - adapter
-    trained, what = adapter, "adapter parameters"
-    if args.method == "full":
-        trained, what = encoder, "all weights"
-    history = checkpoint["history"]
-    speed = examples * len(history) / sum(epoch["seconds"] for epoch in history)
-    rows = {
-        "task": args.task,
-        "method": args.method + (f", rank {args.rank}" if adapter else ""),
-        what: f"{trained:,} ({trained / encoder:.2%} of the encoder's {encoder:,})",
-        **{name.replace("_", " "): text_of(values) for name, values in figures.items()},
-        "best epoch": f"{checkpoint['best_epoch']} of {len(history)}",
-        "training speed": f"{speed:,.0f} examples/s",
-        "checkpoint": args.eval_only or args.out,
-    }
-    for name, value in rows.items():
-        print(f"{name:20}{value}")
 
 
 def main(argv=None):
@@ -719,24 +670,16 @@ def convert_all(conversion, W0):
     return A, B
 
 
-def fastest(step, args):
-    """`step`, shared out where there are several processes, and recorded on CUDA."""
-    record = step.split.labels.is_cuda and not args.no_graphs
-    if PROCESSES > 1:
-        return SharedStep(step, record)
-    return Recorded(step) if record else step
-
-
 class Recorded:
-    """Calls function(rows, *shape), on CUDA, by replaying a CUDA graph for each shape of batch.
+    """Calls step(rows, *shape), on CUDA, by replaying a CUDA graph for each shape of batch.
 
     A small batch's thousand kernels take longer to launch than to run. A shape's first call runs
     as it is, which also sets up what CUDA and torch.compile set up at first use; the second is
     recorded.
     """
 
-    def __init__(self, function):
-        self.function, self.graphs, self.pool = function, {}, torch.cuda.graph_pool_handle()
+    def __init__(self, step):
+        self.step, self.graphs, self.pool = step, {}, torch.cuda.graph_pool_handle()
 
     def __call__(self, rows, *shape):
         key = len(rows), *shape
@@ -745,8 +688,9 @@ class Recorded:
             return self.on_another_stream(rows, *shape)
         if self.graphs[key] is None:
             graph, place = torch.cuda.CUDAGraph(), rows.clone()
-            with torch.cuda.graph(graph, pool=self.pool):
-                result = self.function(place, *shape)
+            # Another thread, which watches over NCCL, may go on asking CUDA things.
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                result = self.step(place, *shape)
             self.graphs[key] = graph, place, result
         graph, place, result = self.graphs[key]
         place.copy_(rows)
@@ -758,68 +702,23 @@ class Recorded:
         stream, usual = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(usual)
         with torch.cuda.stream(stream):
-            result = self.function(*arguments)
+            result = self.step(*arguments)
         usual.wait_stream(stream)
         return result
 
 
-class SharedStep:
-    """A step whose batch the processes share out; each updates with the sum of all gradients."""
-
-    def __init__(self, step, record):
-        self.step = step
-        self.sizes = [p.numel() for p in step.parameters]
-        self.gradient = torch.zeros(sum(self.sizes), device=step.split.labels.device)
-        self.backward = Recorded(self.flat_backward) if record else self.flat_backward
-
-    def flat_backward(self, *arguments):
-        loss = self.step.backward(*arguments)
-        torch.cat([p.grad.flatten() for p in self.step.parameters], out=self.gradient)
-        return loss
-
-    def __call__(self, rows, width, padded):
-        share = rows[PROCESS::PROCESSES]
-        if len(share):
-            loss = self.backward(share, width, padded, len(rows))
-        else:  # the last batch of an epoch may have fewer rows than there are processes
-            loss = self.gradient.zero_().sum()
-        sum_over_processes(self.gradient)
-        for p, part in zip(self.step.parameters, self.gradient.split(self.sizes)):
-            p.grad = part.view_as(p)
-        self.step.update()
-        return loss
-
-
-def start_processes(device):
-    if PROCESSES > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+def sum_gradients(parameters):
+    """Give every process the sum of all processes' gradients, in one exchange."""
+    gradient = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(gradient)
+    for p, part in zip(parameters, gradient.split([p.numel() for p in parameters])):
+        p.grad.copy_(part.view_as(p))
 
 
 def sum_over_processes(tensor):
     if PROCESSES > 1:
         dist.all_reduce(tensor)
     return tensor
-
-
-def of_all_processes(value):
-    """[process 0's value, process 1's, ...]"""
-    if PROCESSES == 1:
-        return [value]
-    values = [None] * PROCESSES
-    dist.all_gather_object(values, value)
-    return values
-
-
-class master_first:
-    """Lets process 0 through a block before the others."""
-
-    def __enter__(self):
-        if PROCESSES > 1 and not IS_MASTER:
-            dist.barrier()
-
-    def __exit__(self, *error):
-        if PROCESSES > 1 and IS_MASTER:
-            dist.barrier()
 
 
 if __name__ == "__main__":

@@ -23,9 +23,8 @@ CHECKPOINT = {
     "history": [EPOCH],
     "best_epoch": int,
     "weights": TENSORS,  # of the best epoch: adapter and head
-    "last": TENSORS,
+    "last": TENSORS,  # of the last epoch
     "optimizer": {int: TENSORS},
-    "rng": [TENSORS],  # a process
 }
 
 
@@ -49,11 +48,11 @@ def write(file, data):
 
 def check_writable(file, option):
     """Raise ValueError now where `write` could not write what `option` names later."""
-    if file.exists() and not file.is_file():
-        raise ValueError(f"{option} {file} cannot be written: it is no file")
     try:
+        if file.exists() and not file.is_file():
+            raise ValueError("it is no file")
         beside(file).write_bytes(b"")
-        beside(file).unlink(missing_ok=True)
+        beside(file).unlink()
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"{option} {str(file)[:150]} cannot be written: {reason}") from None
@@ -74,22 +73,14 @@ def load(file):
     try:
         check(checkpoint, CHECKPOINT, "it")
         Config(**checkpoint["config"])
-        epochs = [epoch["epoch"] for epoch in checkpoint["history"]]
-        if not epochs or epochs != list(range(1, len(epochs) + 1)):
-            raise ValueError("its history is not of epochs 1, 2, ...")
-        if not all(epoch["validation"] for epoch in checkpoint["history"]):
-            raise ValueError("its history has no validation figures")
+        epochs = [epoch["epoch"] for epoch in checkpoint["history"] if epoch["validation"]]
+        if not epochs or epochs != list(range(1, len(checkpoint["history"]) + 1)):
+            raise ValueError("its history is not of epochs 1, 2, ... with validation figures")
         check(checkpoint["best_epoch"], (int, 1, len(epochs)), "its best epoch")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is not a checkpoint of this train.py: "
                          f"{str(error)[:150]}") from None
     return checkpoint
-
-
-def load_weights(weights, model, file):
-    """Put `weights`, of the checkpoint in `file`, into what trains of `model`."""
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    copy_tensors(weights, parameters, file)
 
 
 @contextmanager
@@ -121,8 +112,20 @@ def find_encoder(checkpoint, file, init_from=None):
     return folder
 
 
+def trained_weights(model):
+    """Copies, on the CPU, of what trains, by name: adapter and head, each shared theta once."""
+    return {name: p.detach().cpu().clone()
+            for name, p in model.named_parameters() if p.requires_grad}
+
+
+def load_weights(weights, model, file):
+    """Put `weights`, of the checkpoint in `file`, into what trains of `model`."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    copy_tensors(weights, parameters, file)
+
+
 def pack_state(model, optimizer):
-    """What a run needs to go on, beside its random generators: weights and optimizer's state."""
+    """What a run needs to go on: the last weights and the optimizer's state, on the CPU."""
     state = {number: {name: value.cpu() for name, value in values.items()}
              for number, values in optimizer.state_dict()["state"].items()}
     return {"last": trained_weights(model), "optimizer": state}
@@ -131,36 +134,11 @@ def pack_state(model, optimizer):
 def unpack_state(checkpoint, model, optimizer, file):
     """Put what pack_state packed back in its place."""
     load_weights(checkpoint["last"], model, file)
-    state = optimizer.state_dict()
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    shapes = {i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-              for i, p in enumerate(parameters)}
-    given = {i: {name: value.shape for name, value in values.items()}
-             for i, values in checkpoint["optimizer"].items()}
-    numbers = [x for values in checkpoint["optimizer"].values() for x in values.values()]
-    if given != shapes or not all(x.is_floating_point() for x in numbers):
+    [group] = optimizer.param_groups
+    like = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
+            for i, p in enumerate(group["params"])}
+    form = lambda state: {i: {name: (x.shape, x.is_floating_point()) for name, x in values.items()}
+                          for i, values in state.items()}
+    if form(checkpoint["optimizer"]) != form(like):
         raise ValueError(f"{file}: its optimizer's state does not fit the model")
-    optimizer.load_state_dict(state | {"state": checkpoint["optimizer"]})
-
-
-def pack_generators(device):
-    """The states of this process's random generators."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def unpack_generators(states, device, file):
-    try:
-        torch.set_rng_state(states["cpu"])
-        if device.type == "cuda" and "cuda" in states:
-            torch.cuda.set_rng_state(states["cuda"], device)
-    except (RuntimeError, TypeError, KeyError):
-        raise ValueError(f"{file}: its random generators' state is damaged") from None
-
-
-def trained_weights(model):
-    """Copies, on the CPU, of what trains, by name: adapter and head, each shared theta once."""
-    return {name: p.detach().cpu().clone()
-            for name, p in model.named_parameters() if p.requires_grad}
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})

@@ -33,7 +33,6 @@ ARCHIVES = {
     "cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B", "qqp": "QQP-clean", "mnli": "MNLI",
     "qnli": "QNLIv2", "rte": "RTE", "wnli": "WNLI",
 }
-MOST_UNPACKED = 50  # times an archive's size
 FOLDERS = ARCHIVES | {"qqp": "QQP", "qnli": "QNLI", "mrpc": "MRPC"}
 
 
@@ -78,9 +77,9 @@ def hub_model(name, folder):
     for file in ("vocab.json", "merges.txt") if kind == "roberta" else ("vocab.txt",):
         fetch_or_fail(f"{base}/{file}", folder)
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        fetch_first([f"{base}/{file}"], folder)  # many models have none
-    weights = [f"{base}/model.safetensors", f"{base}/pytorch_model.bin"]
-    if fetch_first(weights, folder) is None:
+        fetch(f"{base}/{file}", folder)  # many models have none
+    names = "model.safetensors", "pytorch_model.bin"
+    if not any(fetch(f"{base}/{name}", folder) for name in names):
         raise OSError(f"{name} has neither model.safetensors nor pytorch_model.bin")
 
 
@@ -117,7 +116,7 @@ def unpack(archive, folder):
     """Unpack a zip into `folder`.
 
     Raises ValueError where it is damaged, where a member would land outside of the folder, and
-    where it would unpack to more than MOST_UNPACKED times its size (text packs 3 to 10 times).
+    where it would unpack to more than 50 times its size (text packs 3 to 10 times).
     """
     try:
         with zipfile.ZipFile(archive) as zipped:
@@ -126,35 +125,51 @@ def unpack(archive, folder):
                     raise ValueError(f"{archive.name} is refused: its member {name!r:.60} would "
                                      f"land outside of the folder")
             size = sum(member.file_size for member in zipped.infolist())
-            if size > max(MOST_UNPACKED * archive.stat().st_size, 1 << 20):
+            if size > max(50 * archive.stat().st_size, 1 << 20):
                 raise ValueError(f"{archive.name} is refused: it would unpack to {size:,} bytes, "
-                                 f"more than {MOST_UNPACKED} times its own")
+                                 f"more than 50 times its own")
             zipped.extractall(folder)
     except (zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError, EOFError) as error:
         raise ValueError(f"{archive.name} is no whole zip file ({str(error)[:80]}); "
                          f"run the command again") from None
 
 
-def fetch_or_fail(url, folder):
-    file = fetch_first([url], folder)
-    if file is None:
-        raise OSError(f"{url} is not there: check the name")
+def fetch(url, folder):
+    """Download `url` into `folder`; its file, or None where the server has none.
+
+    Raises OSError saying what else went wrong with which URL.
+    """
+    file = folder / url.rpartition("/")[2]
+    try:
+        with web().open(url, timeout=60) as answer, open(file, "wb") as out:
+            length = answer.headers.get("Content-Length", "")
+            expected = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
+            with tqdm(desc=file.name, total=expected, unit="B", unit_scale=True,
+                      disable=None) as bar:
+                while chunk := answer.read(1 << 20):
+                    out.write(chunk)
+                    bar.update(len(chunk))
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403, 404):  # the hub says 401 of a repository that is not there
+            return None
+        reason = " ".join(str(error.reason).split())[:100]
+        raise OSError(f"{url}: the server answered {error.code} {reason}") from None
+    except (http.client.HTTPException, urllib.error.URLError, TimeoutError,
+            ConnectionError) as error:
+        reason = getattr(error, "reason", None) or repr(error)
+        raise OSError(f"{url}: {reason}; is the network there? run the command again") from None
+    size = file.stat().st_size
+    if expected and size != expected:
+        raise OSError(f"{url}: the connection broke after {size} of {expected} bytes; "
+                      f"run the command again")
     return file
 
 
-def fetch_first(urls, folder):
-    """Download the first of `urls` that exists into `folder`; its file, or None if none exists."""
-    for url in urls:
-        file = folder / url.rpartition("/")[2]
-        try:
-            fetch(url, file)
-            return file
-        except urllib.error.HTTPError as error:
-            # The hub says 401 of a repository that is not there.
-            if error.code not in (401, 403, 404):
-                answer = f"{error.code} {' '.join(str(error.reason).split())[:100]}"
-                raise OSError(f"{url}: the server answered {answer}") from None
-    return None
+def fetch_or_fail(url, folder):
+    file = fetch(url, folder)
+    if file is None:
+        raise OSError(f"{url} is not there: check the name")
+    return file
 
 
 def web():
@@ -165,36 +180,6 @@ def web():
     opener.add_handler(urllib.request.HTTPErrorProcessor())
     opener.addheaders = [("User-Agent", "condlora")]
     return opener
-
-
-def fetch(url, file):
-    """Download `url` to `file`, under another name until it is whole.
-
-    Raises OSError saying what went wrong with which URL; of HTTP's own errors, HTTPError.
-    """
-    partial = file.with_name(file.name + ".part")
-    try:
-        with web().open(url, timeout=60) as answer, open(partial, "wb") as out:
-            expected = answer.headers.get("Content-Length", "")
-            expected = int(expected) if re.fullmatch("[0-9]{1,18}", expected) else None
-            with tqdm(desc=file.name, total=expected, unit="B", unit_scale=True,
-                      disable=None) as bar:
-                while chunk := answer.read(1 << 20):
-                    out.write(chunk)
-                    bar.update(len(chunk))
-        size = partial.stat().st_size
-        if expected and size != expected:
-            raise OSError(f"{url}: the connection broke after {size} of {expected} bytes; "
-                          f"run the command again")
-        os.replace(partial, file)
-    except urllib.error.HTTPError:
-        raise
-    except (http.client.HTTPException, urllib.error.URLError, TimeoutError,
-            ConnectionError) as error:
-        reason = getattr(error, "reason", None) or repr(error)
-        raise OSError(f"{url}: {reason}; is the network there? run the command again") from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def main(argv=None):

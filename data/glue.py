@@ -1,4 +1,4 @@
-"""GLUE (Wang et al. 2019, arXiv:1804.07461): its tasks, read from its TSV files, and their metrics.
+"""GLUE (Wang et al. 2019, arXiv:1804.07461) and data of your own: TSV files, and their metrics.
 
     splits = load("rte", "data/glue")          # reads data/glue/RTE/train.tsv and dev.tsv
     splits["train"].texts[0], splits["train"].labels[0]
@@ -19,8 +19,9 @@ class Task(NamedTuple):
     folder: str
     texts: tuple  # columns, by header name: one sentence or two
     label: str  # column
-    classes: tuple  # in the order of their ids; (): a score, that is a regression; None: any text
+    classes: tuple | None  # in the order of their ids; (): a regression; None: labels stay text
     devs: tuple = ("dev",)
+    scores: tuple = (0.0, 5.0)  # a regression's lowest and highest
 
 
 BINARY = ("0", "1")
@@ -42,7 +43,7 @@ TASKS = {
 
 class Split(NamedTuple):
     texts: list  # of tuples: (sentence,) or (sentence, sentence)
-    labels: list  # of class ids, or of scores from 0 to 5
+    labels: list  # of class ids, or of scores
 
 
 def load(task, root):
@@ -53,8 +54,7 @@ def load(task, root):
     """
     name = canonical(task)
     task = TASKS[name]
-    folder = Path(root) / task.folder
-    files = [folder / f"{part}.tsv" for part in ("train", *task.devs)]
+    files = [Path(root) / task.folder / f"{part}.tsv" for part in ("train", *task.devs)]
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"no {file}: python data/download.py {name} fetches it, "
@@ -65,19 +65,36 @@ def load(task, root):
     return splits
 
 
+def load_folder(folder, regression=False):
+    """Data of your own: ({"train", "validation", and "test" if there is a dev.tsv}, class names).
+
+    The first line of train.tsv and dev.tsv names the columns: `text`, or `text1` and `text2`, and
+    `label`. Labels are classes, in sorted order, or with `regression` numbers, without classes.
+    Raises ValueError or FileNotFoundError saying which file and line.
+    """
+    file, dev = Path(folder) / "train.tsv", Path(folder) / "dev.tsv"
+    if not file.is_file():
+        raise FileNotFoundError(f"no {file}: a task's folder has train.tsv")
+    texts = ("text",) if "text" in rows_of(file)[0] else ("text1", "text2")
+    task = Task("", texts, "label", () if regression else None, scores=(-1e30, 1e30))
+    if not regression:
+        task = task._replace(classes=tuple(sorted(set(read(task, file).labels))))
+        if len(task.classes) == 1:
+            raise ValueError(f"{file} has one label only, {task.classes[0]!r:.40}")
+    splits = held_out(read(task, file), file)
+    if dev.is_file():
+        splits["test"] = read(task, dev)
+    return splits, task.classes
+
+
 def held_out(whole, file):
-    """{"train", "validation"}: a fixed tenth of the rows is held out."""
+    """{"train", "validation"}: a fixed tenth of the rows is held out; both in the file's order."""
     order = np.random.default_rng(0).permutation(len(whole.texts))
     size = max(1, len(order) // 10)
     if len(order) < 2:
         raise ValueError(f"{file} has one row: one more is needed, to be held out")
-    return {"train": rows_of(whole, order[size:]), "validation": rows_of(whole, order[:size])}
-
-
-def rows_of(split, numbers):
-    """Some rows of a split, in the file's order."""
-    numbers = sorted(numbers)
-    return Split([split.texts[i] for i in numbers], [split.labels[i] for i in numbers])
+    pick = lambda rows: Split([whole.texts[i] for i in rows], [whole.labels[i] for i in rows])
+    return {"train": pick(sorted(order[size:])), "validation": pick(sorted(order[:size]))}
 
 
 def canonical(task):
@@ -87,7 +104,7 @@ def canonical(task):
     return name
 
 
-def rows_of_file(file):
+def rows_of(file):
     """The lines of a TSV file, each as a list of its columns."""
     # Lines end at \n and nowhere else, columns at \t; a double quote is a character like any other.
     # MRPC begins with a byte-order mark, which utf-8-sig takes off.
@@ -102,7 +119,7 @@ def rows_of_file(file):
 
 
 def read(task, file):
-    rows = rows_of_file(file)
+    rows = rows_of(file)
     if task.folder == "CoLA":  # the one file without a header
         header, first = ["source", "label", "original_label", "sentence"], 1
     else:
@@ -114,14 +131,13 @@ def read(task, file):
         raise ValueError(f"{file} has no rows")
     text_columns = [header.index(name) for name in task.texts]
     label_column = header.index(task.label)
-    needed = 1 + max(label_column, *text_columns)
     texts, labels = [], []
     for number, row in enumerate(rows, first):
-        if len(row) < needed:
-            raise ValueError(f"{file}, line {number}: "
-                             f"{len(row)} columns, expected {len(header)}")
+        where = f"{file}, line {number}"
+        if len(row) <= max(label_column, *text_columns):
+            raise ValueError(f"{where}: {len(row)} columns, expected {len(header)}")
         texts.append(tuple(row[i] for i in text_columns))
-        labels.append(read_label(task, row[label_column], f"{file}, line {number}"))
+        labels.append(read_label(task, row[label_column], where))
     return Split(texts, labels)
 
 
@@ -131,14 +147,15 @@ def read_label(task, text, where):
     if task.classes:
         if text not in task.classes:
             raise ValueError(f"{where}: label {text!r:.40}, "
-                             f"expected one of {', '.join(task.classes)}")
+                             f"expected one of {', '.join(task.classes):.100}")
         return task.classes.index(text)
+    low, high = task.scores
     try:
         score = float(text)
     except ValueError:
         score = math.nan
-    if not 0 <= score <= 5:
-        raise ValueError(f"{where}: score {text!r:.40}, expected a number from 0 to 5")
+    if not low <= score <= high:
+        raise ValueError(f"{where}: score {text!r:.40}, expected a number from {low:g} to {high:g}")
     return score
 
 
@@ -156,22 +173,31 @@ def metrics(task, predictions, labels):
         raise ValueError(f"predictions of shape {predictions.shape} "
                          f"for labels of shape {labels.shape}")
     if task == "stsb":
-        return {"pearson": pearson(predictions, labels),
-                "spearman": pearson(ranks(predictions), ranks(labels))}
-    accuracy = float((predictions == labels).mean())
+        return correlations(predictions, labels)
+    figures = {"accuracy": float(np.mean(predictions == labels))}
     if task == "cola":
         # Of two binary variables, Matthews' correlation is Pearson's.
-        return {"matthews": pearson(predictions, labels), "accuracy": accuracy}
+        return {"matthews": pearson(predictions, labels)} | figures
     if task in ("mrpc", "qqp"):
-        return {"accuracy": accuracy, "f1": f1(predictions, labels)}
-    return {"accuracy": accuracy}
+        figures["f1"] = f1(predictions == 1, labels == 1)
+    return figures
 
 
-def f1(predictions, labels):
-    """Harmonic mean of precision and recall of class 1; 0 where neither side has one."""
-    hits = np.sum((predictions == 1) & (labels == 1))
-    either = np.sum(predictions == 1) + np.sum(labels == 1)
-    return float(2 * hits / either) if either else 0.0
+def correlations(predictions, labels):
+    return {"pearson": pearson(predictions, labels),
+            "spearman": pearson(ranks(predictions), ranks(labels))}
+
+
+def accuracy_and_macro_f1(predictions, labels):
+    """Of data of your own; macro-F1 is the mean over the classes either given or predicted."""
+    f1s = [f1(predictions == c, labels == c) for c in np.union1d(predictions, labels)]
+    return {"accuracy": float(np.mean(predictions == labels)), "macro_f1": float(np.mean(f1s))}
+
+
+def f1(predicted, given):
+    """Harmonic mean of precision and recall, from two boolean arrays; 0 where neither has one."""
+    either = np.sum(predicted) + np.sum(given)
+    return float(2 * np.sum(predicted & given) / either) if either else 0.0
 
 
 def pearson(x, y):

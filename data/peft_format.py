@@ -1,7 +1,7 @@
 """Adapters as Hugging Face's PEFT stores them: adapter_config.json, adapter_model.safetensors.
 
-    export(model, "condlora", encoder_folder, folder)     # PeftModel.from_pretrained reads it
-    factors = read(folder, model)                         # A and B of somebody's LoRA adapter
+    export(model, encoder_folder, folder)     # PeftModel.from_pretrained reads it
+    factors = read(folder, model)             # A and B of somebody's LoRA adapter
 """
 
 import json
@@ -23,22 +23,21 @@ def path_of(name, model_type):
     return name if name.startswith("classifier") else f"{model_type}.{name}"
 
 
-def export(model, method, encoder, folder):
+def export(model, encoder, folder):
     """Write the adapter, CondLoRA's as the LoRA that it makes, and the head into `folder`.
 
     It is for transformers' AutoModelForSequenceClassification of `encoder`, with as many labels
     as the head has outputs. Raises ValueError where there is no adapter.
     """
-    if method not in ("lora", "condlora"):
-        raise ValueError(f"--method {method} has no adapter to export: use lora or condlora")
     kind = model.config.model_type
-    tensors, targets = {}, []
-    for name, layer in model.named_modules():
-        if isinstance(layer, AdaptedLinear):
-            targets.append(path_of(name, kind))
-            for letter, factor in zip("AB", layer.factors()):
-                tensors[f"{BASE}{targets[-1]}.lora_{letter}.weight"] = factor.detach().cpu()
-            rank, alpha = layer.rank, layer.alpha
+    layers = {path_of(name, kind): layer for name, layer in model.named_modules()
+              if isinstance(layer, AdaptedLinear)}
+    if not layers:
+        raise ValueError("--method head and full have no adapter to export: use lora or condlora")
+    tensors = {}
+    for name, layer in layers.items():
+        for letter, factor in zip("AB", layer.factors()):
+            tensors[f"{BASE}{name}.lora_{letter}.weight"] = factor.detach().cpu()
     for name, parameter in model.head.named_parameters():
         tensors[BASE + path_of(f"head.{name}", kind)] = parameter.detach().cpu()
     settings = {
@@ -46,11 +45,11 @@ def export(model, method, encoder, folder):
         "task_type": "SEQ_CLS",
         "base_model_name_or_path": str(Path(encoder).resolve()),
         "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
+        "r": layer.rank,
+        "lora_alpha": layer.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": targets,
+        "target_modules": list(layers),
         "modules_to_save": ["pooler", "classifier"] if kind == "bert" else ["classifier"],
     }
     folder.mkdir(parents=True, exist_ok=True)
@@ -64,39 +63,40 @@ def read(folder, model):
     Raises ValueError or FileNotFoundError where the folder holds none, or one of another kind
     (DoRA, ranks that differ) or of another encoder.
     """
-    folder = Path(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"no {name} in {folder}: it should be a LoRA adapter of PEFT")
+    folder, kind = Path(folder), model.config.model_type
     file = folder / "adapter_config.json"
     settings = read_json(file)
-    positive = {"peft_type": str, "r": (int, 1, 10 ** 6), "lora_alpha": (float, 1e-30, 1e30)}
-    check(settings, positive, f"{file}")
-    wanted = {"peft_type": "LORA", "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    for name, value in wanted.items():
+    check(settings, {"r": (int, 1, 10 ** 6), "lora_alpha": (float, 1e-30, 1e30)}, f"{file}")
+    plain = {"peft_type": "LORA", "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}}
+    for name, value in plain.items():
         if (settings.get(name) or value) != value:
             raise ValueError(f"{file}: {name} is {short(settings[name])}, which is not plain LoRA")
-    scale = settings["lora_alpha"] / settings["r"]
-    if settings.get("use_rslora"):  # Kalajdzievski 2023, arXiv:2312.03732
-        scale = settings["lora_alpha"] / math.sqrt(settings["r"])
+    rank = settings["r"]
+    # rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+    scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+
     file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        raise FileNotFoundError(f"no {file.name} in {folder}: it should be a LoRA adapter of PEFT")
     # Of the encoder alone or with a head, which makes its name a part of each key.
-    prefix = rf"^base_model\.model\.({model.config.model_type}\.)?"
-    tensors = {re.sub(prefix, "", name): tensor for name, tensor in read_safetensors(file).items()}
+    prefix = re.compile(rf"{re.escape(BASE)}({kind}\.)?")
+    tensors = {prefix.sub("", name): tensor for name, tensor in read_safetensors(file).items()}
     factors = {}
     for name, module in model.named_modules():
-        key = path_of(name, model.config.model_type).removeprefix(f"{model.config.model_type}.")
-        pair = [tensors.pop(f"{key}.lora_{letter}.weight", None) for letter in "AB"]
-        if not isinstance(module, torch.nn.Linear) or pair == [None, None]:
+        if not isinstance(module, torch.nn.Linear):
+            continue
+        key = path_of(name, kind).removeprefix(f"{kind}.")
+        A, B = (tensors.pop(f"{key}.lora_{letter}.weight", None) for letter in "AB")
+        if A is None and B is None:
             continue
         d_out, d_in = module.weight.shape
-        for tensor, shape in zip(pair, ((settings["r"], d_in), (d_out, settings["r"]))):
+        for tensor, shape in ((A, (rank, d_in)), (B, (d_out, rank))):
             if tensor is None or tensor.shape != shape:
                 given = "not there" if tensor is None else tuple(tensor.shape)
                 raise ValueError(f"{file}: a factor of {key} is {given}, expected {shape}")
-        factors[name] = (*pair, scale)
+        factors[name] = A, B, scale
     left = [name for name in tensors if ".lora_" in name]
     if left or not factors:
-        raise ValueError(f"{file} is not of this encoder, a {model.config.model_type}: "
+        raise ValueError(f"{file} is not of this encoder, a {kind}: "
                          f"{short(left[0]) if left else 'it has no lora_A'}")
     return factors

@@ -263,34 +263,38 @@ def load(path):
 
 def read_settings(file):
     """What the tokenizers know of a JSON file's settings; a null leaves the default."""
-    settings = {name: value for name, value in read_json(file).items() if value is not None}
     known = {}
-    for name in ("do_lower_case", "strip_accents", "tokenize_chinese_chars", "add_prefix_space"):
-        if name in settings:
-            check(settings[name], bool, f"{file}: {name}")
-            known[name] = settings[name]
-    for name in ("unk_token", "cls_token", "sep_token", "pad_token", "mask_token"):
-        token = settings.get(name)
-        if isinstance(token, dict):
-            check(token, {"content": str}, f"{file}: {name}")
-            token = token["content"]
-        if token is not None:
-            check(token, str, f"{file}: {name}")
-            known[name] = token
+    for name, value in read_json(file).items():
+        if name in SETTINGS and value is not None:
+            if isinstance(value, dict):  # a special token with how it is to be found
+                value = value.get("content")
+            check(value, SETTINGS[name], f"{file}: {name}")
+            known[name] = value
     return known
+
+
+SETTINGS = {
+    "do_lower_case": bool, "strip_accents": bool, "tokenize_chinese_chars": bool,
+    "add_prefix_space": bool, "unk_token": str, "cls_token": str, "sep_token": str,
+    "pad_token": str, "mask_token": str,
+}
+BERT_TOKENS = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
+ROBERTA_TOKENS = {"unk": "<unk>", "cls": "<s>", "sep": "</s>", "pad": "<pad>", "mask": "<mask>"}
+
+
+def special_tokens(settings, defaults):
+    """{"unk": "[UNK]", ...}, as the folder's settings have them or else the defaults."""
+    return {name: settings.get(f"{name}_token") or default for name, default in defaults.items()}
 
 
 def read_wordpiece(path, settings):
     lines = (path / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
     vocab = {token: i for i, token in enumerate(lines)}
-    is_mpnet = "<s>" in vocab and "</s>" in vocab
-    if is_mpnet:
-        names = {"unk": "[UNK]", "cls": "<s>", "sep": "</s>", "pad": "<pad>", "mask": "<mask>"}
-    else:
-        names = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
-    child = MPNetWordPiece if is_mpnet else WordPiece
+    child, tokens = WordPiece, BERT_TOKENS
+    if "<s>" in vocab and "</s>" in vocab:
+        child, tokens = MPNetWordPiece, ROBERTA_TOKENS | {"unk": "[UNK]"}
     return child(vocab, settings.get("do_lower_case", True), settings.get("strip_accents"),
-                 settings.get("tokenize_chinese_chars", True), **special_tokens(settings, names))
+                 settings.get("tokenize_chinese_chars", True), **special_tokens(settings, tokens))
 
 
 def read_bpe(path, settings):
@@ -302,11 +306,5 @@ def read_bpe(path, settings):
     for merge in merges:
         if len(merge) != 2:
             raise ValueError(f"merges.txt: {short(' '.join(merge))} is no pair")
-    names = {"unk": "<unk>", "cls": "<s>", "sep": "</s>", "pad": "<pad>", "mask": "<mask>"}
-    special = special_tokens(settings, names)
-    return ByteLevelBPE(vocab, merges, settings.get("add_prefix_space", False), **special)
-
-
-def special_tokens(settings, defaults):
-    """{"unk": "[UNK]", ...}, as the folder's settings have them or else the defaults."""
-    return {name: settings.get(f"{name}_token") or default for name, default in defaults.items()}
+    return ByteLevelBPE(vocab, merges, settings.get("add_prefix_space", False),
+                        **special_tokens(settings, ROBERTA_TOKENS))

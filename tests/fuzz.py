@@ -22,7 +22,7 @@ from conftest import WORDS, hf_config, hf_state, write_encoder
 import analyze
 import train
 from data import checkpoint as checkpoints
-from data import glue, own, peft_format, tokenizer
+from data import glue, peft_format, tokenizer
 from model import Transformer, write_safetensors
 
 ODD = [None, True, False, 0, 1, -1, 2, 7, 10 ** 9, 10 ** 18, 10 ** 40, 0.5, -0.1, 1.5, float("inf"),
@@ -177,7 +177,7 @@ class Readers:
         file = self.folder / "own" / rng.choice(("train.tsv", "dev.tsv"))
         try:
             file.write_bytes(scribbled(self.own_tsv, rng))
-            own.load(self.folder / "own", rng.random() < 0.3)
+            glue.load_folder(self.folder / "own", rng.random() < 0.3)
         finally:
             file.write_bytes(self.own_tsv)
 

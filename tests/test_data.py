@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from data import download, glue, own, toy
+from data import download, glue, toy
 
 HEADERS = {
     "sst2": "sentence\tlabel",
@@ -416,7 +416,7 @@ def write_own(folder, train, dev=None, header="text\tlabel"):
 
 def test_a_folder_of_ones_own_is_a_task_with_its_labels_in_sorted_order(tmp_path):
     rows = [f"sentence {i}\t{('so so', 'good', 'bad')[i % 3]}" for i in range(30)]
-    splits, classes = own.load(write_own(tmp_path / "mine", rows, rows[:2]))
+    splits, classes = glue.load_folder(write_own(tmp_path / "mine", rows, rows[:2]))
     assert classes == ("bad", "good", "so so")
     assert (splits["test"].texts, splits["test"].labels) == (
         [("sentence 0",), ("sentence 1",)],
@@ -424,7 +424,7 @@ def test_a_folder_of_ones_own_is_a_task_with_its_labels_in_sorted_order(tmp_path
     )
     assert len(splits["train"].labels) == 27 and len(splits["validation"].labels) == 3
     rows = [f"a\tb {i}\t{i / 4}" for i in range(10)]
-    splits, classes = own.load(
+    splits, classes = glue.load_folder(
         write_own(tmp_path / "pairs", rows, header="text1\ttext2\tlabel"), regression=True
     )
     assert classes == () and sorted(splits) == ["train", "validation"]
@@ -434,7 +434,7 @@ def test_a_folder_of_ones_own_is_a_task_with_its_labels_in_sorted_order(tmp_path
 
 
 def test_accuracy_and_macro_f1_are_scikit_learns():
-    metrics = own.metrics(("a", "b", "c", "d"))
+    metrics = glue.accuracy_and_macro_f1
     found = metrics(np.array([0, 1, 2, 2, 1, 0, 0]), np.array([0, 1, 2, 1, 1, 2, 1]))
     # accuracy_score, and f1_score(average="macro"), in which the absent class d does not count
     assert found == pytest.approx({"accuracy": 4 / 7, "macro_f1": 0.5555555555555555})
@@ -450,7 +450,7 @@ def test_accuracy_and_macro_f1_are_scikit_learns():
             ["a\t1", "b\t2"],
             ["c\t3"],
             "text\tlabel",
-            "dev.tsv, line 2: label '3' is not in train.tsv",
+            "dev.tsv, line 2: label '3', expected one of 1, 2",
         ),
         (["a\t1", "b"], None, "text\tlabel", "train.tsv, line 3: 1 columns, expected 2"),
         (["a\t1"], None, "sentence\tlabel", "line 1: no column 'text1'"),
@@ -461,12 +461,12 @@ def test_a_file_of_ones_own_that_is_wrong_is_named_with_its_line(
     tmp_path, train, dev, header, words
 ):
     with pytest.raises(ValueError, match=words):
-        own.load(write_own(tmp_path / "mine", train, dev, header))
+        glue.load_folder(write_own(tmp_path / "mine", train, dev, header))
 
 
 def test_a_regression_label_that_is_no_number_is_named(tmp_path):
-    with pytest.raises(ValueError, match="train.tsv, line 3: label 'x' is no number"):
-        own.load(write_own(tmp_path / "mine", ["a\t1.5", "b\tx"]), regression=True)
+    with pytest.raises(ValueError, match="train.tsv, line 3: score 'x', expected a number"):
+        glue.load_folder(write_own(tmp_path / "mine", ["a\t1.5", "b\tx"]), regression=True)
 
 
 def test_a_file_of_one_row_leaves_nothing_to_train_on(tmp_path):
