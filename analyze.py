@@ -19,14 +19,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from condlora import adapt, adapted_layers
+from condlora import adapted_layers, load_adapter
 from data import checkpoint as checkpoints
 from data import peft_format
 from model import Transformer
@@ -36,26 +35,24 @@ DRAWS = 10  # of each random baseline
 
 # The formulas ------------------------------------------------------------------------------------
 
-def solver(W0):
-    """A function that gives C with W0 C = X for any X, from one factorization of W0.
+class Solver:
+    """solver(X) is the C with W0 C = X, for any X, from one factorization of W0.
 
     Where W0 is rectangular or singular, C is the smallest least-squares solution.
     """
-    if is_regular(W0):
-        LU, pivots = torch.linalg.lu_factor(W0)
-        return lambda X: torch.linalg.lu_solve(LU, pivots, X)
-    inverse = torch.linalg.pinv(W0, rtol=rounding(W0))
-    return lambda X: inverse @ X
 
+    def __init__(self, W0):
+        values = torch.linalg.svdvals(W0)
+        rounding = max(W0.shape) * torch.finfo(W0.dtype).eps
+        self.condition = (values[0] / values[-1]).item()
+        self.is_exact = W0.shape[0] == W0.shape[1] and bool(values[-1] > values[0] * rounding)
+        if self.is_exact:
+            self.factors = torch.linalg.lu_factor(W0)
+        else:
+            self.inverse = torch.linalg.pinv(W0, rtol=rounding)
 
-def is_regular(W0):
-    """Whether W0 is square and of full rank within rounding."""
-    values = torch.linalg.svdvals(W0)
-    return W0.shape[0] == W0.shape[1] and bool(values[-1] > values[0] * rounding(W0))
-
-
-def rounding(W0):
-    return max(W0.shape) * torch.finfo(W0.dtype).eps
+    def __call__(self, X):
+        return torch.linalg.lu_solve(*self.factors, X) if self.is_exact else self.inverse @ X
 
 
 def conversion_matrices(W0, A, B, solve=None):
@@ -63,11 +60,11 @@ def conversion_matrices(W0, A, B, solve=None):
 
     For W0 (d_out, d_in), A (r, d_in), B (d_out, r):  W0 C_A = A^T,  W0 C_B = B,  W0 C_BA = B A.
     CondLoRA reads A from the columns of a rectangular W0: there W0^T C_A = A^T, C_A (d_out, r).
-    `solve` is solver(W0), for those who have it already (of a square W0).
+    `solve` is Solver(W0), for those who have it already.
     """
     W0, A, B = (torch.as_tensor(x).double() for x in (W0, A, B))
-    solve = solve or solver(W0)
-    solve_A = solve if W0.shape[0] == W0.shape[1] else solver(W0.T)
+    solve = solve or Solver(W0)
+    solve_A = solve if W0.shape[0] == W0.shape[1] else Solver(W0.T)
     C_B = solve(B)
     return {"A": solve_A(A.T), "B": C_B, "BA": C_B @ A}
 
@@ -120,9 +117,8 @@ class Layer(NamedTuple):
     A: torch.Tensor  # (r, d_in)
     B: torch.Tensor  # (d_out, r)
     scale: float
-    theta_A: torch.Tensor | None  # (r, d), the same in all layers; None in LoRA
-    theta_B: torch.Tensor | None
-    solve: Callable  # solver(W0)
+    thetas: tuple | None  # (theta_A, theta_B), the same in all layers; None in LoRA
+    solve: Solver  # of W0
 
 
 class Matrices(NamedTuple):
@@ -133,6 +129,25 @@ class Matrices(NamedTuple):
     right: torch.Tensor  # (L, r, d)
 
 
+def matrices_of(layers, draw=None):
+    """The Matrices of the trained layers, or with `draw`, a random generator, of untrained ones."""
+    thetas = layers[0].thetas
+    if thetas and draw:
+        thetas = untrained_factors(*thetas, draw)
+    rows = []
+    for layer in layers:
+        if thetas:  # each layer's A^T and B, made from its W0
+            theta_A, theta_B = thetas
+            square = layer.W0.shape[0] == layer.W0.shape[1]
+            A_T = (layer.W0 if square else layer.W0.T) @ theta_A.T
+            rows.append((A_T, layer.W0 @ theta_B.T, A_T.T))
+        else:
+            A, B = untrained_factors(layer.A, layer.B, draw) if draw else (layer.A, layer.B)
+            C = conversion_matrices(layer.W0, A, B, layer.solve)
+            rows.append((C["A"], C["B"], A))
+    return stacked(rows)
+
+
 def untrained_factors(A, B, draw):
     """Fresh A and B of these shapes: A uniform as adapt has it, B Gaussian (zero has no span)."""
     bound = 1 / math.sqrt(A.shape[1])
@@ -141,49 +156,14 @@ def untrained_factors(A, B, draw):
     return fresh_A.to(A.device), fresh_B.to(B.device)
 
 
-def trained_and_controls(layers, draw):
-    """Matrices of the trained layers, and a list of the same of untrained ones, DRAWS times."""
-    theta_A, theta_B = layers[0].theta_A, layers[0].theta_B
-    if theta_A is None:
-        trained = lora_matrices(layers, [(layer.A, layer.B) for layer in layers])
-        controls = []
-        for _ in range(DRAWS):
-            untrained = [untrained_factors(layer.A, layer.B, draw) for layer in layers]
-            controls.append(lora_matrices(layers, untrained))
-    else:
-        trained = condlora_matrices(layers, theta_A, theta_B)
-        controls = [condlora_matrices(layers, *untrained_factors(theta_A, theta_B, draw))
-                    for _ in range(DRAWS)]
-    return trained, controls
-
-
-def lora_matrices(layers, pairs):
-    """LoRA: the conversion matrices of each layer's (A, B)."""
-    rows = []
-    for layer, (A, B) in zip(layers, pairs):
-        C = conversion_matrices(layer.W0, A, B, layer.solve)
-        rows.append((C["A"], C["B"], A))
-    return stacked(rows)
-
-
-def condlora_matrices(layers, theta_A, theta_B):
-    """CondLoRA: each layer's A^T and B, made from its W0 by these thetas."""
-    rows = []
-    for layer in layers:
-        square = layer.W0.shape[0] == layer.W0.shape[1]
-        A_T = (layer.W0 if square else layer.W0.T) @ theta_A.T
-        rows.append((A_T, layer.W0 @ theta_B.T, A_T.T))
-    return stacked(rows)
-
-
-def stacked(triples):
-    return Matrices(*(torch.stack(tensors) for tensors in zip(*triples)))
-
-
 def random_like(matrices, draw):
     """Gaussian matrices of the same shapes: the paper's baseline."""
     drawn = (torch.randn(x.shape, dtype=torch.float64, generator=draw) for x in matrices)
     return Matrices(*(x.to(matrices.A.device) for x in drawn))
+
+
+def stacked(triples):
+    return Matrices(*(torch.stack(tensors) for tensors in zip(*triples)))
 
 
 # Reckoning ---------------------------------------------------------------------------------------
@@ -205,27 +185,25 @@ def likeness(layers, i, j, side):
     Where i and j are the rank, BA and B have the same left vectors, and BA's row is left out.
     """
     draw = torch.Generator().manual_seed(0)
-    trained, controls = trained_and_controls(layers, draw)
-    raw = stacked([(layer.A.T, layer.B, layer.A) for layer in layers])
-    trained_map = similarity_maps(trained, i, j, side)
-    raw_map = similarity_maps(raw, i, j, side)
-    control_maps = [similarity_maps(x, i, j, side) for x in controls]
-    random_maps = [similarity_maps(random_like(trained, draw), i, j, side) for _ in range(DRAWS)]
-    rank = layers[0].A.shape[0]
-    names = ("A", "B") if i == j == rank and side == "left" else ("A", "B", "BA")
+    maps = lambda matrices: similarity_maps(matrices, i, j, side)
+    matrices = matrices_of(layers)
+    trained, raw = maps(matrices), maps(stacked([(x.A.T, x.B, x.A) for x in layers]))
+    controls = [maps(matrices_of(layers, draw)) for _ in range(DRAWS)]
+    randoms = [maps(random_like(matrices, draw)) for _ in range(DRAWS)]
+    is_full = i == j == len(layers[0].A) and side == "left"
     rows = {}
-    for name in names:
-        mean = mean_of_pairs(trained_map[name])
-        control = mean_and_deviation([mean_of_pairs(x[name]) for x in control_maps])
+    for name in ("A", "B") if is_full else ("A", "B", "BA"):
+        mean = mean_of_pairs(trained[name])
+        control = mean_and_deviation([mean_of_pairs(x[name]) for x in controls])
         rows[name] = {
             "trained": mean,
             "control": control,
             # Where phi is 1 by definition, rounding is all the deviation there is.
             "distance": (mean - control[0]) / control[1] if control[1] > 1e-9 else 0.0,
-            "raw": mean_of_pairs(raw_map[name]),
-            "random": mean_and_deviation([mean_of_pairs(x[name]) for x in random_maps]),
-            "map": trained_map[name].tolist(),
-            "control_map": torch.stack([x[name] for x in control_maps]).mean(0).tolist(),
+            "raw": mean_of_pairs(raw[name]),
+            "random": mean_and_deviation([mean_of_pairs(x[name]) for x in randoms]),
+            "map": trained[name].tolist(),
+            "control_map": torch.stack([x[name] for x in controls]).mean(0).tolist(),
         }
     return rows
 
@@ -237,22 +215,28 @@ def mean_of_pairs(square):
 
 
 def mean_and_deviation(values):
-    values = torch.tensor(values, dtype=torch.float64)
+    values = torch.tensor(list(values), dtype=torch.float64)
     return values.mean().item(), values.std().item()
 
 
 def theta_check(layers):
     """How far all layers' conversion matrices are from theta^T, and theta's singular values."""
-    found = {}
-    for name in ("A", "B"):
-        theta = getattr(layers[0], f"theta_{name}")
-        deviations = [(conversion_matrices(layer.W0, layer.A, layer.B, layer.solve)[name]
-                       - theta.T).abs().max() for layer in layers]
-        found[name] = {
+    result = {}
+    for name, theta in zip("AB", layers[0].thetas):
+        deviations = [(conversion(layer, name) - theta.T).abs().max() for layer in layers]
+        result[name] = {
             "largest_deviation": (max(deviations) / theta.abs().max()).item(),
             "singular_values": torch.linalg.svdvals(theta).tolist(),
         }
-    return found
+    return result
+
+
+def conversion(layer, name, draw=None):
+    """C_A or C_B of a layer; with `draw` that of untrained A and B, or an untrained theta^T."""
+    if draw and layer.thetas:
+        return untrained_factors(*layer.thetas, draw)["AB".index(name)].T
+    A, B = untrained_factors(layer.A, layer.B, draw) if draw else (layer.A, layer.B)
+    return conversion_matrices(layer.W0, A, B, layer.solve)[name]
 
 
 def amplification(layers):
@@ -261,15 +245,14 @@ def amplification(layers):
     kept is ||U^T W0 V||_F in dW's directions, random the same in random ones.
     """
     draw = torch.Generator().manual_seed(1)
-
-    def random_basis(d, r):
-        return torch.linalg.qr(torch.randn(d, r, generator=draw, dtype=torch.float64))[0]
-
+    gaussian = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
     rows = []
-    for W0, A, B, scale, *_ in layers:
-        U, S, V = thin_svd(scale * B, A)
+    for layer in layers:
+        W0 = layer.W0
+        U, S, V = thin_svd(layer.scale * layer.B, layer.A)
         delta, kept = S.norm().item(), (U.T @ W0 @ V).norm().item()
-        bases = [[random_basis(d, len(S)).to(W0.device) for d in W0.shape] for _ in range(DRAWS)]
+        bases = [[torch.linalg.qr(gaussian(d, len(S)))[0].to(W0.device) for d in W0.shape]
+                 for _ in range(DRAWS)]
         random = sum((P.T @ W0 @ Q).norm().item() for P, Q in bases) / DRAWS
         rows.append({"delta": delta, "W0": W0.norm().item(), "kept": kept, "factor": delta / kept,
                      "random": random, "random_factor": delta / random})
@@ -288,33 +271,36 @@ def comparison(one, two, i, j):
         values = [subspace_similarity(X, Y, i, j) for X, Y in pairs]
         return sum(values) / len(values)
 
-    def random_phi(shape):
-        drawn = torch.randn(DRAWS, len(one), 2, *shape, generator=draw, dtype=torch.float64)
-        return mean_and_deviation([mean_phi(pairs) for pairs in drawn])
+    def row(pairs):
+        drawn = torch.randn(DRAWS, len(one), 2, *pairs[0][0].shape, generator=draw,
+                            dtype=torch.float64)
+        return {"phi": mean_phi(pairs), "random": mean_and_deviation(map(mean_phi, drawn))}
 
-    def control_phi(name):
-        drawn = [[(conversion(a, name, draw), conversion(b, name, draw)) for a, b in zip(one, two)]
-                 for _ in range(DRAWS)]
-        return mean_and_deviation([mean_phi(pairs) for pairs in drawn])
-
-    A = [(a.A.T, b.A.T) for a, b in zip(one, two)]
-    B = [(a.B, b.B) for a, b in zip(one, two)]
-    rows = {}
-    for name, pairs in (("A", A), ("B", B)):
-        C = [(conversion(a, name), conversion(b, name)) for a, b in zip(one, two)]
-        rows[name] = {"phi": mean_phi(pairs), "random": random_phi(pairs[0][0].shape)}
-        rows[f"C_{name}"] = {"phi": mean_phi(C), "control": control_phi(name),
-                             "random": random_phi(C[0][0].shape)}
+    rows = {"A": row([(a.A.T, b.A.T) for a, b in zip(one, two)]),
+            "B": row([(a.B, b.B) for a, b in zip(one, two)])}
+    for name in "AB":
+        of_layers = lambda *draw: [(conversion(a, name, *draw), conversion(b, name, *draw))
+                                   for a, b in zip(one, two)]
+        controls = [mean_phi(of_layers(draw)) for _ in range(DRAWS)]
+        rows[f"C_{name}"] = row(of_layers()) | {"control": mean_and_deviation(controls)}
     return rows
 
 
-def conversion(layer, name, draw=None):
-    """C_A or C_B of a layer, theta^T in CondLoRA; of untrained A and B, or theta, with `draw`."""
-    sources = [layer.A, layer.B] if layer.theta_A is None else [layer.theta_A, layer.theta_B]
-    A, B = untrained_factors(*sources, draw) if draw else sources
-    if layer.theta_A is not None:
-        return A.T if name == "A" else B.T
-    return conversion_matrices(layer.W0, A, B, layer.solve)[name]
+def analyze(targets, others, i, j, side):
+    """Every figure, as JSON takes it: a dict of tables, each by target."""
+    result = {"condition": {}, "least_squares": {}, "likeness": {}, "amplification": {}}
+    for target, layers in targets.items():
+        result["condition"][target] = [layer.solve.condition for layer in layers]
+        result["least_squares"][target] = [
+            number for number, layer in enumerate(layers) if not layer.solve.is_exact]
+        result["likeness"][target] = likeness(layers, i, j, side)
+        result["amplification"][target] = amplification(layers)
+        if layers[0].thetas:
+            result.setdefault("theta", {})[target] = theta_check(layers)
+        if others:
+            compared = comparison(layers, others[target], i, j)
+            result.setdefault("compare", {})[target] = compared
+    return result
 
 
 # The picture -------------------------------------------------------------------------------------
@@ -336,17 +322,15 @@ def svg(table, title):
     """A self-contained picture: for each matrix three maps, layer by layer, of trained, control and
     their difference. The colours span the cells shown, from the random baseline up; the diagonal,
     1 by definition, is blank."""
-    maps = []  # (name, [trained, control, difference]) of (L, L) tensors
-    for target, rows in table.items():
-        for name, row in rows.items():
-            trained, control = torch.tensor(row["map"]), torch.tensor(row["control_map"])
-            maps.append((f"{target} {name}", [trained, control, trained - control]))
-    L = len(maps[0][1][0])
-    off_diagonal = ~torch.eye(L, dtype=torch.bool)
-    low = min(row["random"][0] for rows in table.values() for row in rows.values())
-    high = max(x[off_diagonal].max().item() for _, three in maps for x in three[:2])
-    high = max(high, low + 1e-6)
-    most = max(three[2][off_diagonal].abs().max().item() for _, three in maps) + 1e-6
+    maps = {}  # name: [trained, control, difference], (L, L) each
+    for name, row in flat(table):
+        trained, control = torch.tensor(row["map"]), torch.tensor(row["control_map"])
+        maps[name] = [trained, control, trained - control]
+    L = len(trained)
+    shown = ~torch.eye(L, dtype=torch.bool)
+    low = min(row["random"][0] for _, row in flat(table))
+    high = max(low + 1e-6, *(x[shown].max().item() for three in maps.values() for x in three[:2]))
+    most = max(three[2][shown].abs().max().item() for three in maps.values()) + 1e-6
     scales = [(low, high, VIRIDIS), (low, high, VIRIDIS), (-most, most, BLUE_WHITE_RED)]
 
     cell = max(14, 168 // L)
@@ -365,118 +349,45 @@ def svg(table, title):
         parts.append(f'<text class="ink" x="{x}" y="{y}" font-size="{size}" '
                      f'text-anchor="{anchor}">{text}</text>')
 
+    def box(x, y, width, height, fill, inside=""):
+        parts.append(f'<rect x="{x}" y="{y}" width="{width}" height="{height}" '
+                     f'fill="{fill}">{inside}</rect>')
+
+    def draw_map(x, y, name, values, bottom, end, scale):
+        for a in range(L):
+            write(x - 5, y + (a + 0.7) * cell, a, 9, "end")
+            write(x + (a + 0.5) * cell, y + side + 12, a, 9, "middle")
+            for b in set(range(L)) - {a}:
+                value = values[a, b].item()
+                box(x + b * cell, y + a * cell, cell - 1, cell - 1,
+                    colour(value, bottom, end, scale),
+                    f"<title>{name}, layers {a} and {b}: {value:.4f}</title>")
+
     write(16, 28, title, 16)
     write(16, 50, f"\u03c6 of every two layers; control: the mean of {DRAWS} untrained draws "
                   f"through the same W0")
-    for k, heading in enumerate(("trained", "control", "trained \u2212 control")):
-        write(left + k * column, top - 18, heading, 14)
-    for number, (name, three) in enumerate(maps):
+    for number, (name, three) in enumerate(maps.items()):
         y = top + number * row_height
         write(16, y + side / 2, name, 14)
-        for k, (values, (bottom, end, scale)) in enumerate(zip(three, scales)):
-            x = left + k * column
-            for a in range(L):
-                write(x - 5, y + (a + 0.7) * cell, a, 9, "end")
-                write(x + (a + 0.5) * cell, y + side + 12, a, 9, "middle")
-                for b in range(L):
-                    if a == b:
-                        continue
-                    value = values[a, b].item()
-                    parts.append(
-                        f'<rect class="cell" x="{x + b * cell}" y="{y + a * cell}" '
-                        f'width="{cell - 1}" height="{cell - 1}" '
-                        f'fill="{colour(value, bottom, end, scale)}">'
-                        f"<title>{name}, layers {a} and {b}: {value:.4f}</title></rect>")
-    y = height - 40
-    for k, (bottom, end, scale) in [(0, scales[0]), (2, scales[2])]:
-        x = left + k * column
+        for k, values in enumerate(three):
+            draw_map(left + k * column, y, name, values, *scales[k])
+    for k, (bottom, end, scale) in enumerate(scales):
+        x, y = left + k * column, height - 40
+        write(x, top - 18, ("trained", "control", "trained \u2212 control")[k], 14)
         for step in range(84):
-            parts.append(f'<rect x="{x + 2 * step}" y="{y}" width="2.5" height="10" '
-                         f'fill="{colour(step, 0, 83, scale)}"/>')
-        write(x, y + 24, f"{bottom:.3f}" + " (random)" * (k == 0), 11)
+            box(x + 2 * step, y, 2.5, 10, colour(step, 0, 83, scale))
+        write(x, y + 24, f"{bottom:.3f}" + " (random)" * (k < 2), 11)
         write(x + 168, y + 24, f"{end:.3f}", 11, "end")
     return "\n".join([*parts, "</svg>"])
 
 
-# Checkpoints, tables and the command line --------------------------------------------------------
-
-class Adapter(NamedTuple):
-    title: str  # of what it was trained for
-    method: str
-    rank: int
-    targets: dict  # {target: its Layers}
-
-
-def read(file, init_from, device):
-    """The Adapter of a checkpoint's file, or of a folder that PEFT wrote."""
-    if file.is_dir():
-        adapter = read_peft(file, init_from, device)
-    else:
-        adapter = read_checkpoint(file, init_from, device)
-    if min(map(len, adapter.targets.values())) < 2:
-        raise ValueError(f"{file} has one adapted layer a target: there are no pairs to compare")
-    return adapter
-
-
-def read_checkpoint(file, init_from, device):
-    checkpoint = checkpoints.load(file)
-    settings = checkpoint["settings"]
-    if settings["method"] not in ("lora", "condlora"):
-        raise ValueError(f"{file} was trained with --method {settings['method']:.20}, which has no "
-                         f"A and B: train one with --method lora or condlora")
-    folder = checkpoints.find_encoder(checkpoint, file, init_from)
-    model = Transformer.from_pretrained(folder, checkpoint["config"]["n_out"])
-    with checkpoints.naming(file):
-        adapt(model, settings["method"], settings["targets"], settings["rank"], settings["alpha"],
-              exclude=("head",))
-    model.head.requires_grad_(True)
-    checkpoints.load_weights(checkpoint["weights"], model, file)
-    model.double().to(device)
-    names = {module: name.rpartition(".")[2] for name, module in model.named_modules()}
-    targets = {}
-    for layer in tqdm(adapted_layers(model), "factorizing W0", leave=False, delay=1, disable=None):
-        conversion = getattr(layer, "conversion", None)
-        thetas = (conversion.theta_A, conversion.theta_B) if conversion else (None, None)
-        entry = Layer(layer.weight, *layer.factors(), layer.scale, *thetas, solver(layer.weight))
-        targets.setdefault(names[layer], []).append(entry)
-    return Adapter(checkpoint["task"], settings["method"], settings["rank"], targets)
-
-
-def read_peft(folder, init_from, device):
-    if not init_from:
-        raise ValueError(f"{folder} is an adapter alone: say where its encoder is with --init_from")
-    model = Transformer.from_pretrained(init_from)
-    targets = {}
-    for name, (A, B, scale) in peft_format.read(folder, model).items():
-        W0, A, B = (x.double().to(device) for x in (model.get_submodule(name).weight, A, B))
-        entry = Layer(W0, A, B, scale, None, None, solver(W0))
-        targets.setdefault(name.rpartition(".")[2], []).append(entry)
-    return Adapter(folder.resolve().name, "lora", len(A), targets)
-
-
-def analyze(targets, others, i, j, side):
-    """Every figure, as JSON takes it: a dict of tables, each by target."""
-    result = {"condition": {}, "least_squares": {}, "likeness": {}, "amplification": {}}
-    for target, layers in targets.items():
-        spectra = [torch.linalg.svdvals(layer.W0) for layer in layers]
-        result["condition"][target] = [(values[0] / values[-1]).item() for values in spectra]
-        result["least_squares"][target] = [
-            number for number, layer in enumerate(layers) if not is_regular(layer.W0)]
-        result["likeness"][target] = likeness(layers, i, j, side)
-        result["amplification"][target] = amplification(layers)
-        if layers[0].theta_A is not None:
-            result.setdefault("theta", {})[target] = theta_check(layers)
-        if others:
-            compared = comparison(layers, others[target], i, j)
-            result.setdefault("compare", {})[target] = compared
-    return result
-
+# The tables --------------------------------------------------------------------------------------
 
 def print_tables(result, method, compared_file):
-    layers = range(len(next(iter(result["condition"].values()))))
-    show(["condition number of W0", *map(str, layers)],
-         [[target, *(f"{c:.1e}" + " *" * (l in result["least_squares"][target])
-                     for l, c in enumerate(row))] for target, row in result["condition"].items()])
+    numbers = range(len(next(iter(result["condition"].values()))))
+    show(["condition number of W0", *map(str, numbers)],
+         [[target, *(f"{row[l]:.1e}" + " *" * (l in result["least_squares"][target])
+                     for l in numbers)] for target, row in result["condition"].items()])
     if any(result["least_squares"].values()):
         print("* rectangular or singular: least squares\n")
     if "compare" in result:
@@ -537,6 +448,53 @@ def plus_minus(pair):
     return f"{pair[0]:.4f} \u00b1 {pair[1]:.4f}" if pair else ""
 
 
+# Checkpoints and the command line ----------------------------------------------------------------
+
+def read(file, init_from, device):
+    """(task, method, {target: its Layers}) of a checkpoint, or of a folder that PEFT wrote."""
+    if file.is_dir():
+        task, method, names = read_peft(file, init_from)
+    else:
+        task, method, names = read_checkpoint(file, init_from)
+    targets = {}
+    for name, (W0, A, B, scale, thetas) in tqdm(names.items(), "factorizing W0", leave=False,
+                                                delay=1, disable=None):
+        W0, A, B = (x.double().to(device) for x in (W0, A, B))
+        thetas = thetas and tuple(theta.double().to(device) for theta in thetas)
+        layer = Layer(W0, A, B, scale, thetas, Solver(W0))
+        targets.setdefault(name.rpartition(".")[2], []).append(layer)
+    if min(map(len, targets.values())) < 2:
+        raise ValueError(f"{file} has one adapted layer a target: there are no pairs to compare")
+    return task, method, targets
+
+
+def read_checkpoint(file, init_from):
+    checkpoint = checkpoints.load(file)
+    method = checkpoint["settings"]["method"]
+    if method not in ("lora", "condlora"):
+        raise ValueError(f"{file} was trained with --method {method:.20}, which has no "
+                         f"A and B: train one with --method lora or condlora")
+    model = Transformer.from_pretrained(checkpoints.find_encoder(checkpoint, file, init_from))
+    with checkpoints.naming(file):
+        load_adapter(model, file).double()
+    names = {}
+    for name, layer in model.named_modules():
+        if layer in adapted_layers(model):
+            conversion = getattr(layer, "conversion", None)
+            thetas = conversion and (conversion.theta_A, conversion.theta_B)
+            names[name] = layer.weight, *layer.factors(), layer.scale, thetas
+    return checkpoint["task"], method, names
+
+
+def read_peft(folder, init_from):
+    if not init_from:
+        raise ValueError(f"{folder} is an adapter alone: say where its encoder is with --init_from")
+    model = Transformer.from_pretrained(init_from)
+    names = {name: (model.get_submodule(name).weight, *factors, None)
+             for name, factors in peft_format.read(folder, model).items()}
+    return folder.resolve().name, "lora", names
+
+
 def run(args):
     if args.device.partition(":")[0] not in ["cpu"] + ["cuda"] * torch.cuda.is_available():
         there = "cuda or cpu" if torch.cuda.is_available() else "cpu"
@@ -547,8 +505,8 @@ def run(args):
     checkpoints.check_writable(picture, "--svg")
     if args.json:
         checkpoints.check_writable(args.json, "--json")
-    adapter = read(args.checkpoint, args.init_from, args.device)
-    method, rank, targets = adapter.method, adapter.rank, adapter.targets
+    task, method, targets = read(args.checkpoint, args.init_from, args.device)
+    rank = len(next(iter(targets.values()))[0].A)
     i, j = (rank if k is None else k for k in (args.i, args.j))
     for name, k in (("--i", i), ("--j", j)):
         if not 1 <= k <= rank:
@@ -556,18 +514,18 @@ def run(args):
                              f"vectors")
     others = None
     if args.compare:
-        others = read(args.compare, args.init_from, args.device).targets
+        _, _, others = read(args.compare, args.init_from, args.device)
         if describe(targets) != describe(others):
             raise ValueError(f"{args.checkpoint} and {args.compare} are of different shapes: "
                              f"{describe(targets)}, and {describe(others)}")
-    title = (f"{adapter.title}, {method} rank {rank}, phi with i = {i}, j = {j}, "
+    title = (f"{task}, {method} rank {rank}, phi with i = {i}, j = {j}, "
              f"{args.side} singular vectors")
     result = analyze(targets, others, i, j, args.side)
     what = "conversion matrices: " if method == "lora" else "A and B: "
     drawn = svg(result["likeness"], what + title.replace("phi", "\u03c6"))
     checkpoints.write(picture, drawn.encode())
     if args.json:
-        settings = {"checkpoint": str(args.checkpoint), "task": adapter.title,
+        settings = {"checkpoint": str(args.checkpoint), "task": task,
                     "method": method, "i": i, "j": j, "side": args.side}
         checkpoints.write(args.json, (json.dumps(settings | result, indent=1) + "\n").encode())
     print(title + "\n")
