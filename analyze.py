@@ -25,7 +25,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from condlora import adapted_layers, load_adapter
+from condlora import AdaptedLinear, convert, load_adapter
 from data import checkpoint as checkpoints
 from data import peft_format
 from model import Transformer
@@ -64,9 +64,10 @@ def conversion_matrices(W0, A, B, solve=None):
     """
     W0, A, B = (torch.as_tensor(x).double() for x in (W0, A, B))
     solve = solve or Solver(W0)
-    solve_A = solve if W0.shape[0] == W0.shape[1] else Solver(W0.T)
+    square = W0.shape[0] == W0.shape[1]
+    C_A = solve(A.T) if square else solve.inverse.T @ A.T  # the inverse of W0^T
     C_B = solve(B)
-    return {"A": solve_A(A.T), "B": C_B, "BA": C_B @ A}
+    return {"A": C_A, "B": C_B, "BA": C_B @ A}
 
 
 def subspace_similarity(X, Y, i, j, side="left"):
@@ -117,12 +118,12 @@ class Layer(NamedTuple):
     A: torch.Tensor  # (r, d_in)
     B: torch.Tensor  # (d_out, r)
     scale: float
-    thetas: tuple | None  # (theta_A, theta_B), the same in all layers; None in LoRA
+    thetas: tuple  # (theta_A, theta_B), the same in all layers; () in LoRA
     solve: Solver  # of W0
 
 
 class Matrices(NamedTuple):
-    """What is compared across layers, stacked; BA = B @ right is never formed."""
+    """What is compared across layers, stacked. BA is B @ right; thin_svd takes the two apart."""
 
     A: torch.Tensor  # (L, d, r)
     B: torch.Tensor  # (L, d, r)
@@ -130,22 +131,29 @@ class Matrices(NamedTuple):
 
 
 def matrices_of(layers, draw=None):
-    """The Matrices of the trained layers, or with `draw`, a random generator, of untrained ones."""
-    thetas = layers[0].thetas
-    if thetas and draw:
-        thetas = untrained_factors(*thetas, draw)
+    """LoRA: the conversion matrices. CondLoRA: A^T and B themselves, from each layer's W0.
+
+    Of the trained layers, or with `draw`, a random generator, of untrained ones.
+    """
     rows = []
-    for layer in layers:
-        if thetas:  # each layer's A^T and B, made from its W0
-            theta_A, theta_B = thetas
-            square = layer.W0.shape[0] == layer.W0.shape[1]
-            A_T = (layer.W0 if square else layer.W0.T) @ theta_A.T
-            rows.append((A_T, layer.W0 @ theta_B.T, A_T.T))
+    for layer, (A, B) in zip(layers, factors_of(layers, draw)):
+        if layer.thetas:
+            rows.append((A.T, B, A))
         else:
-            A, B = untrained_factors(layer.A, layer.B, draw) if draw else (layer.A, layer.B)
             C = conversion_matrices(layer.W0, A, B, layer.solve)
             rows.append((C["A"], C["B"], A))
     return stacked(rows)
+
+
+def factors_of(layers, draw=None):
+    """[(A, B) of each layer], with `draw` untrained ones; CondLoRA's come from one untrained theta.
+    """
+    if not draw:
+        return [(layer.A, layer.B) for layer in layers]
+    if not layers[0].thetas:
+        return [untrained_factors(layer.A, layer.B, draw) for layer in layers]
+    thetas = untrained_factors(*layers[0].thetas, draw)
+    return [convert(layer.W0, *thetas) for layer in layers]
 
 
 def untrained_factors(A, B, draw):
@@ -166,7 +174,7 @@ def stacked(triples):
     return Matrices(*(torch.stack(tensors) for tensors in zip(*triples)))
 
 
-# Reckoning ---------------------------------------------------------------------------------------
+# The figures -------------------------------------------------------------------------------------
 
 def similarity_maps(matrices, i, j, side):
     """{"A", "B", "BA": phi of every two layers, (L, L)}; each matrix is decomposed once."""
@@ -223,7 +231,7 @@ def theta_check(layers):
     """How far all layers' conversion matrices are from theta^T, and theta's singular values."""
     result = {}
     for name, theta in zip("AB", layers[0].thetas):
-        deviations = [(conversion(layer, name) - theta.T).abs().max() for layer in layers]
+        deviations = [(C - theta.T).abs().max() for C in conversions_of(layers, name)]
         result[name] = {
             "largest_deviation": (max(deviations) / theta.abs().max()).item(),
             "singular_values": torch.linalg.svdvals(theta).tolist(),
@@ -231,18 +239,17 @@ def theta_check(layers):
     return result
 
 
-def conversion(layer, name, draw=None):
-    """C_A or C_B of a layer; with `draw` that of untrained A and B, or an untrained theta^T."""
-    if draw and layer.thetas:
-        return untrained_factors(*layer.thetas, draw)["AB".index(name)].T
-    A, B = untrained_factors(layer.A, layer.B, draw) if draw else (layer.A, layer.B)
-    return conversion_matrices(layer.W0, A, B, layer.solve)[name]
+def conversions_of(layers, name, draw=None):
+    """[C_A or C_B of each layer], with `draw` of untrained factors."""
+    return [conversion_matrices(layer.W0, A, B, layer.solve)[name]
+            for layer, (A, B) in zip(layers, factors_of(layers, draw))]
 
 
 def amplification(layers):
     """A dict a layer: how far dW amplifies directions that W0 has (Hu et al. 2022, section 7.3).
 
-    kept is ||U^T W0 V||_F in dW's directions, random the same in random ones.
+    kept is ||U^T W0 V||_F in dW's directions, random the same in random ones. A large factor says
+    that dW adds what W0 has little of.
     """
     draw = torch.Generator().manual_seed(1)
     gaussian = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
@@ -276,13 +283,14 @@ def comparison(one, two, i, j):
                             dtype=torch.float64)
         return {"phi": mean_phi(pairs), "random": mean_and_deviation(map(mean_phi, drawn))}
 
+    def conversions(name, draw=None):
+        return list(zip(conversions_of(one, name, draw), conversions_of(two, name, draw)))
+
     rows = {"A": row([(a.A.T, b.A.T) for a, b in zip(one, two)]),
             "B": row([(a.B, b.B) for a, b in zip(one, two)])}
     for name in "AB":
-        of_layers = lambda *draw: [(conversion(a, name, *draw), conversion(b, name, *draw))
-                                   for a, b in zip(one, two)]
-        controls = [mean_phi(of_layers(draw)) for _ in range(DRAWS)]
-        rows[f"C_{name}"] = row(of_layers()) | {"control": mean_and_deviation(controls)}
+        controls = [mean_phi(conversions(name, draw)) for _ in range(DRAWS)]
+        rows[f"C_{name}"] = row(conversions(name)) | {"control": mean_and_deviation(controls)}
     return rows
 
 
@@ -326,7 +334,7 @@ def svg(table, title):
     for name, row in flat(table):
         trained, control = torch.tensor(row["map"]), torch.tensor(row["control_map"])
         maps[name] = [trained, control, trained - control]
-    L = len(trained)
+    L = len(next(iter(maps.values()))[0])
     shown = ~torch.eye(L, dtype=torch.bool)
     low = min(row["random"][0] for _, row in flat(table))
     high = max(low + 1e-6, *(x[shown].max().item() for three in maps.values() for x in three[:2]))
@@ -452,19 +460,21 @@ def plus_minus(pair):
 
 def read(file, init_from, device):
     """(task, method, {target: its Layers}) of a checkpoint, or of a folder that PEFT wrote."""
-    if file.is_dir():
-        task, method, names = read_peft(file, init_from)
-    else:
-        task, method, names = read_checkpoint(file, init_from)
+    task, method, adapted = (read_peft if file.is_dir() else read_checkpoint)(file, init_from)
     targets = {}
-    for name, (W0, A, B, scale, thetas) in tqdm(names.items(), "factorizing W0", leave=False,
-                                                delay=1, disable=None):
-        W0, A, B = (x.double().to(device) for x in (W0, A, B))
-        thetas = thetas and tuple(theta.double().to(device) for theta in thetas)
-        layer = Layer(W0, A, B, scale, thetas, Solver(W0))
+    for name, W0, A, B, scale, thetas in tqdm(adapted, "factorizing W0", leave=False, delay=1,
+                                              disable=None):
+        W0, A, B, *thetas = (x.double().to(device) for x in (W0, A, B, *thetas))
+        layer = Layer(W0, A, B, scale, tuple(thetas), Solver(W0))
         targets.setdefault(name.rpartition(".")[2], []).append(layer)
-    if min(map(len, targets.values())) < 2:
-        raise ValueError(f"{file} has one adapted layer a target: there are no pairs to compare")
+    if min(map(len, targets.values())) < 2 or len(set(map(len, targets.values()))) > 1:
+        raise ValueError(f"{file} has {describe(targets)}: there are no pairs to compare, unless "
+                         f"each target has as many layers, two or more")
+    for target, layers in targets.items():
+        if any(not torch.equal(a, b) for layer in layers
+               for a, b in zip(layer.thetas, layers[0].thetas)):
+            raise ValueError(f"{file}: layers named {target} have different thetas: adapt them "
+                             f"under one target")
     return task, method, targets
 
 
@@ -475,30 +485,29 @@ def read_checkpoint(file, init_from):
         raise ValueError(f"{file} was trained with --method {method:.20}, which has no "
                          f"A and B: train one with --method lora or condlora")
     model = Transformer.from_pretrained(checkpoints.find_encoder(checkpoint, file, init_from))
-    with checkpoints.naming(file):
-        load_adapter(model, file).double()
-    names = {}
+    load_adapter(model, file).double()
+    adapted = []
     for name, layer in model.named_modules():
-        if layer in adapted_layers(model):
+        if isinstance(layer, AdaptedLinear):
             conversion = getattr(layer, "conversion", None)
-            thetas = conversion and (conversion.theta_A, conversion.theta_B)
-            names[name] = layer.weight, *layer.factors(), layer.scale, thetas
-    return checkpoint["task"], method, names
+            thetas = (conversion.theta_A, conversion.theta_B) if conversion else ()
+            adapted.append((name, layer.weight, *layer.factors(), layer.scale, thetas))
+    return checkpoint["task"], method, adapted
 
 
 def read_peft(folder, init_from):
     if not init_from:
         raise ValueError(f"{folder} is an adapter alone: say where its encoder is with --init_from")
     model = Transformer.from_pretrained(init_from)
-    names = {name: (model.get_submodule(name).weight, *factors, None)
-             for name, factors in peft_format.read(folder, model).items()}
-    return folder.resolve().name, "lora", names
+    adapted = [(name, model.get_submodule(name).weight, *factors, ())
+               for name, factors in peft_format.read(folder, model).items()]
+    return folder.resolve().name, "lora", adapted
 
 
 def run(args):
-    if args.device.partition(":")[0] not in ["cpu"] + ["cuda"] * torch.cuda.is_available():
-        there = "cuda or cpu" if torch.cuda.is_available() else "cpu"
-        raise ValueError(f"--device {args.device} is not there: use {there}")
+    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
+    if args.device not in devices:
+        raise ValueError(f"--device {args.device} is not there: use {' or '.join(devices)}")
     if not args.checkpoint.exists():
         raise FileNotFoundError(f"no checkpoint {args.checkpoint}: python train.py writes one")
     picture = args.svg or args.checkpoint.with_suffix(".svg")

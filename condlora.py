@@ -7,12 +7,12 @@ W0 (d_out, d_in) is the frozen weight of a linear layer, r the rank, s = alpha /
     y = x W0^T + b + s (x A^T) B^T          which adds  dW = s B A  to W0.
 
 LoRA (Hu et al. 2022, arXiv:2106.09685) trains an A (r, d_in) and a B (d_out, r) in every layer.
-CondLoRA (Kim et al. 2024, arXiv:2403.14946) makes A and B from W0 with one linear layer for all:
+CondLoRA (Kim et al. 2024, arXiv:2403.14946) makes A and B from W0:
 
     A = (W0 theta_A^T)^T,    B = W0 theta_B^T
 
-and trains only theta_A and theta_B, both (r, d) for a square W0: with L layers, 1/L of LoRA's
-numbers.
+and trains only theta_A and theta_B, both (r, d) for a square W0. One pair serves all layers of a
+target ("query", say): with L layers that is 1/L of LoRA's numbers.
 """
 
 import math
@@ -23,6 +23,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
+def convert(W0, theta_A, theta_B):
+    """CondLoRA's A (r, d_in) and B (d_out, r) from W0 (d_out, d_in); also from a stack of W0."""
+    # The paper's W0 is square, and A is W0 theta_A^T as it stands. A rectangular W0 has to be
+    # transposed, or A would not have d_in columns.
+    square = W0.shape[-2] == W0.shape[-1]
+    A = ((W0 if square else W0.mT) @ theta_A.T).mT
+    B = W0 @ theta_B.T
+    return A, B
+
+
 class Conversion(nn.Module):
     """The paper's single linear layer: theta_A and theta_B turn any layer's W0 into its A and B."""
 
@@ -31,17 +41,10 @@ class Conversion(nn.Module):
         d_out, d_in = W0.shape
         self.theta_A = nn.Parameter(torch.empty(rank, d_out, device=W0.device))
         self.theta_B = nn.Parameter(torch.zeros(rank, d_in, device=W0.device))
-        nn.init.kaiming_uniform_(self.theta_A, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(self.theta_A, a=math.sqrt(5))  # as nn.Linear begins
 
     def forward(self, W0):
-        """A (r, d_in) and B (d_out, r) from W0 (d_out, d_in)."""
-        W0 = W0.to(self.theta_A.dtype)
-        # The paper's W0 is square, and A is W0 theta_A^T as it stands. A rectangular W0 has to be
-        # transposed, or A would not have d_in columns.
-        square = W0.shape[0] == W0.shape[1]
-        A = ((W0 if square else W0.T) @ self.theta_A.T).T
-        B = W0 @ self.theta_B.T
-        return A, B
+        return convert(W0.to(self.theta_A.dtype), self.theta_A, self.theta_B)
 
 
 class AdaptedLinear(nn.Module):
@@ -55,7 +58,7 @@ class AdaptedLinear(nn.Module):
         self.weight, self.bias = weight, bias
         self.rank, self.alpha = rank, alpha
         self.scale = alpha / rank
-        # W0 + dW while the layer is merged. It is no part of the state dict.
+        # W0 + dW while the layer is merged. It is not saved in the state dict.
         self.register_buffer("merged", None, persistent=False)
 
     def forward(self, x):  # (..., d_in) -> (..., d_out)
@@ -95,7 +98,7 @@ class CondLoRALinear(AdaptedLinear):
 
     def __init__(self, weight, bias, rank, alpha, conversion):
         super().__init__(weight, bias, rank, alpha)
-        # Set past nn.Module's bookkeeping: the model registers the conversion once, not each layer.
+        # A plain attribute, not a submodule: else a state dict would hold it for each layer.
         object.__setattr__(self, "conversion", conversion)
 
     def factors(self):
@@ -155,11 +158,14 @@ def merge_and_unload(model):
     """Turn each adapted layer, in place, into a plain nn.Linear that holds W0 + dW."""
     plain = {}
     for layer in adapted_layers(merge(model)):
-        linear = nn.Linear(*layer.weight.T.shape, bias=layer.bias is not None, device="meta")
+        d_out, d_in = layer.weight.shape
+        linear = nn.Linear(d_in, d_out, bias=layer.bias is not None, device="meta")
         linear.weight = nn.Parameter(layer.merged, requires_grad=False)
         linear.bias = layer.bias
         plain[layer] = linear
-    return replace(model, plain)
+    replace(model, plain)
+    drop_conversions(model)
+    return model
 
 
 def to_lora(model):
@@ -167,7 +173,6 @@ def to_lora(model):
 
     From there the layers train apart, and the adapter has the form that LoRA's tools know.
     """
-    settings = getattr(model, "adapter_settings", None)
     turned = {}
     for layer in adapted_layers(model):
         if isinstance(layer, CondLoRALinear):
@@ -177,8 +182,8 @@ def to_lora(model):
             lora.merged = layer.merged
             turned[layer] = lora
     replace(model, turned)
-    if settings:
-        model.adapter_settings = settings | {"method": "lora"}
+    for part, settings in drop_conversions(model):
+        part.adapter_settings = settings | {"method": "lora"}
     return model
 
 
@@ -205,7 +210,10 @@ def load_adapter(model, file):
     except (LookupError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError, EOFError):
         raise ValueError(f"{file} holds no adapter: save_adapter writes one") from None
     if not hasattr(model, "adapter_settings"):
-        adapt(model, **settings)
+        try:
+            adapt(model, **settings)
+        except ValueError as error:
+            raise ValueError(f"{file}: {error}") from None
     for name, value in settings.items():
         if value != model.adapter_settings[name]:
             raise ValueError(f"{file}: {name} is {value}, in the model "
@@ -243,17 +251,20 @@ def adapted_layers(model):
 
 
 def replace(model, new):
-    """Put new[old] wherever the module `old` stands, and drop conversions, which none needs now."""
+    """Put new[old] wherever the module `old` stands."""
     for name, old in list(model.named_modules(remove_duplicate=False)):
         if old in new:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, new[old].train(old.training))
-    for module in list(model.modules()):
-        if hasattr(module, "adapter_settings"):
-            del module.adapter_settings
-            if hasattr(module, "condlora"):
-                del module.condlora
-    return model
+
+
+def drop_conversions(model):
+    """Forget what `adapt` left in `model` or a part of it; [(part, its settings), ...]."""
+    parts = [part for part in model.modules() if hasattr(part, "adapter_settings")]
+    for part in parts:
+        if hasattr(part, "condlora"):
+            del part.condlora
+    return [(part, part.__dict__.pop("adapter_settings")) for part in parts]
 
 
 def target_of(name, targets):
@@ -271,7 +282,9 @@ def find_linears(model, method, targets, rank, alpha):
         raise ValueError(f"alpha is {alpha}: it must be a positive number")
     # Not nn.Linear's subclasses: what they add (quantised weights, say) would be lost.
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    for target in targets or ("",):
+    if not targets:
+        raise ValueError("targets is empty: name the linear layers to adapt")
+    for target in targets:
         if not any(target_of(name, (target,)) for name in linears):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
             raise ValueError(f"no nn.Linear is named {target!r}: the model has {known}")

@@ -14,6 +14,7 @@ Shapes: B sequences of T tokens, d = hidden_size, nh heads of size hs = d / nh.
 import dataclasses
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,9 +42,6 @@ class Config:
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
     initializer_range: float = 0.02
-    hidden_act: str = "gelu"
-    position_embedding_type: str = "absolute"
-    relative_attention_num_buckets: int = 32  # MPNet's
     n_out: int = 2  # classes, or 1 for regression
 
     def __post_init__(self):
@@ -52,12 +50,9 @@ class Config:
             if field.name != "pad_token_id":
                 check(getattr(self, field.name), limits[field.type], field.name)
         check(self.pad_token_id, (int, 0, self.max_position_embeddings - 2), "pad_token_id")
-        for name, known in (("model_type", tuple(HF_NAMES)), ("hidden_act", ("gelu",)),
-                            ("position_embedding_type", ("absolute",)),
-                            ("relative_attention_num_buckets", (32,))):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {short(getattr(self, name))}: "
-                                 f"this encoder has {', '.join(map(str, known))}")
+        if self.model_type not in HF_NAMES:
+            raise ValueError(f"model_type is {short(self.model_type)}, "
+                             f"not {' or '.join(HF_NAMES)}")
         if self.hidden_size % self.num_attention_heads:
             raise ValueError(f"hidden_size {self.hidden_size} is no multiple of "
                              f"num_attention_heads {self.num_attention_heads}")
@@ -70,7 +65,7 @@ class Config:
 
 
 class Dropout(nn.Dropout):
-    """nn.Dropout, which on a CPU takes twice as long to draw which numbers to drop as this does."""
+    """Like nn.Dropout, but twice as fast on a CPU, where drawing what to drop takes the time."""
 
     def forward(self, x):
         if x.is_cuda or not self.training or not self.p:
@@ -127,7 +122,7 @@ class Layer(nn.Module):
         """(B, T, d) -> (B, T, d), or (B, 1, d) with first_only: the first token, for the head."""
         context = x
         if first_only:
-            x = x[:, :1].contiguous()
+            x = x[:, :1].contiguous()  # let go of the other tokens' memory
             mask = None if mask is None else mask[:, :, :1]
         # Post-layer-norm: each norm comes after the sum.
         x = self.norm1(x + self.dropout(self.attention(x, context, mask)))
@@ -162,14 +157,17 @@ class Embeddings(nn.Module):
         return self.dropout(self.norm(x + self.position(positions)))
 
 
-def relative_buckets(offset, n_buckets=32):
+BUCKETS = 32
+
+
+def relative_buckets(offset):
     """The bucket of key position - query position (T5's rule: Raffel et al. 2020, section 2.1).
 
-    Half of the buckets are for keys before the query, half for those after. In each half the first
-    half is one distance each; the others grow with the logarithm, up to distances of 128 and more.
+    Half of the buckets are for keys before the query, half for those after. The 8 nearest distances
+    have a bucket each; farther ones share buckets that widen logarithmically, up to 128 and more.
     """
     distance = offset.abs()
-    half = n_buckets // 2
+    half = BUCKETS // 2
     exact = half // 2
     growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(128 / exact)
     far = (exact + (growth * (half - exact)).long()).clamp(max=half - 1)
@@ -203,7 +201,8 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
         self.head = Head(config)
         if config.model_type == "mpnet":
-            self.relative_bias = nn.Embedding(32, config.num_attention_heads)
+            self.relative_bias = nn.Embedding(BUCKETS, config.num_attention_heads)
+            # Of every offset that positions can have: buckets[k] is for k - (max_len - 1).
             offsets = torch.arange(1 - config.max_len, config.max_len)
             self.register_buffer("buckets", relative_buckets(offsets), persistent=False)
         self.apply(self.initialize)
@@ -270,15 +269,14 @@ class Transformer(nn.Module):
             key = hf_name(name, config.model_type)
             # The first releases of BERT call a layer norm's weight and bias gamma and beta.
             old_key = key.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")
-            tensor = None
-            for known in (old_key, f"{config.model_type}.{old_key}", key,
-                          f"{config.model_type}.{key}"):
-                tensor = tensors.get(known, tensor)
+            prefix = f"{config.model_type}."
+            keys = (key, key.removeprefix(prefix), old_key, old_key.removeprefix(prefix))
+            tensor = next((tensors[k] for k in keys if k in tensors), None)
             if name.startswith("head.") and (tensor is None or tensor.shape != parameter.shape):
                 continue
             if tensor is None:
-                raise ValueError(f"{file} has no weight {key}, "
-                                 f"with or without the prefix '{config.model_type}.'")
+                raise ValueError(f"{file} has no weight {key.removeprefix(prefix)}, "
+                                 f"with or without the prefix '{prefix}'")
             if tensor.shape != parameter.shape:
                 raise ValueError(f"{file}: {key} has shape {tuple(tensor.shape)}, "
                                  f"config.json says {tuple(parameter.shape)}")
@@ -299,11 +297,10 @@ class Transformer(nn.Module):
                 if module.merged is None:
                     raise ValueError(f"{name} is adapted: merge the model, then save it")
                 weights["weight"] = module.merged
-            for last in weights.keys() & {"weight", "bias"}:
-                key = hf_name(f"{name}.{last}", self.config.model_type)
-                if not key.startswith("classifier"):
-                    key = f"{self.config.model_type}.{key}"
-                tensors[key] = weights[last].detach().cpu()
+            for last in ("weight", "bias"):
+                if last in weights:
+                    key = hf_name(f"{name}.{last}", self.config.model_type)
+                    tensors[key] = weights[last].detach().cpu()
         write_safetensors(Path(path) / "model.safetensors", tensors)
         settings = dataclasses.asdict(self.config)
         settings["num_labels"] = settings.pop("n_out")
@@ -312,8 +309,8 @@ class Transformer(nn.Module):
 
 # Hugging Face's files ----------------------------------------------------------------------------
 
-# Our names and theirs, by parts. No replacement contains a name that is replaced (the dot after
-# "attention.out" sees to that), so the order does not matter.
+# Our names and theirs, by parts. No replacement contains a name that is replaced, so the order does
+# not matter: "attention.out." has a dot, else it would match "attention.output", too.
 NAMES = {
     "embeddings.norm": "embeddings.LayerNorm",
     "embeddings.word": "embeddings.word_embeddings",
@@ -349,17 +346,21 @@ HF_NAMES = {
 
 
 def hf_name(name, model_type):
-    """layers.0.norm1.bias -> encoder.layer.0.attention.output.LayerNorm.bias, and so on."""
+    """layers.0.norm1.bias -> bert.encoder.layer.0.attention.output.LayerNorm.bias, and so on."""
     for ours, hf in HF_NAMES[model_type].items():
         name = name.replace(ours, hf)
-    return name
+    return name if name.startswith("classifier") else f"{model_type}.{name}"
 
 
 def read_config(file, n_out):
     settings = read_json(file)
-    if settings.get("model_type") not in tuple(HF_NAMES):
+    if settings.get("model_type") not in list(HF_NAMES):  # it may be of any type
         raise ValueError(f"{file}: model_type is {short(settings.get('model_type'))}, "
                          f"not {' or '.join(HF_NAMES)}")
+    for name, only in (("hidden_act", "gelu"), ("position_embedding_type", "absolute"),
+                       ("relative_attention_num_buckets", BUCKETS)):
+        if settings.get(name) not in (None, only):
+            raise ValueError(f"{file}: {name} is {short(settings[name])}: this encoder has {only}")
     known = {field.name for field in dataclasses.fields(Config)} - {"n_out"}
     given = {name: settings[name] for name in known if settings.get(name) is not None}
     if settings["model_type"] != "bert":
@@ -428,7 +429,7 @@ def write_safetensors(file, tensors):
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8
-    partial = Path(f"{file}.part")
+    partial = Path(f"{file}.part{os.getpid()}")
     with open(partial, "wb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():

@@ -8,8 +8,9 @@
     python train.py --eval_only ckpt.pt --predict FILE       # its answers, line by line
 
 Protocol of the CondLoRA paper (Kim et al. 2024, section 4): a tenth of the training set is held
-out and chooses the epoch; GLUE's dev set, seen once at the end, is the test. The reader's part ends
-at "What makes it fast": what follows wraps the same step and changes no result.
+out and chooses the epoch; GLUE's dev set, seen once at the end, is the test. To see how training
+works, read the first two parts. The third is the command line; the last, "What makes it fast",
+wraps the same step and changes no result.
 """
 
 import argparse
@@ -26,12 +27,12 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import numpy as np
 import torch
 import torch.distributed as dist
-# AdamW imports this later otherwise, and it would then keep the process group past its end.
+# AdamW imports this, too. Imported after the process group began, it would keep that past its end.
 import torch.distributed.nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from condlora import adapt, adapted_layers, adapter_parameters
+from condlora import adapt, adapted_layers, adapter_parameters, convert
 from data import checkpoint as checkpoints
 from data import glue, peft_format, tokenizer, toy
 from data.batches import Encoded, by_width, shuffled
@@ -42,7 +43,7 @@ DATA = Path(__file__).resolve().parent / "data"
 # Several processes under torchrun share out each batch; number 0 prints and writes.
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 IS_MASTER = PROCESS == 0
-SILENT = None if IS_MASTER else True  # for tqdm: None is silent where there is no terminal
+NO_BAR = None if IS_MASTER else True  # for tqdm, to whom None means: where there is no terminal
 
 # Defaults, chosen on the validation sets of the toy tasks and of GLUE.
 LEARNING_RATE = {
@@ -71,7 +72,7 @@ def train(model, forward, data, metrics, args, checkpoint):
         step = Recorded(step)
     steps_per_epoch = math.ceil(n / args.batch_size)
     steps, done = args.epochs * steps_per_epoch, len(history) * steps_per_epoch
-    bar = tqdm(total=steps, initial=done, desc=f"{args.task} {args.method}", disable=SILENT)
+    bar = tqdm(total=steps, initial=done, desc=f"{args.task} {args.method}", disable=NO_BAR)
     for epoch in range(len(history) + 1, args.epochs + 1):
         if args.patience and history and epoch - best_of(history)["epoch"] > args.patience:
             break
@@ -189,7 +190,7 @@ def outputs_of(model, forward, split, batch_size):
 
 
 def best_of(history):
-    """The epoch with the best validation figure, the first of equals."""
+    """The epoch with the best validation figure, of the task's main (first) metric."""
     return max(history, key=lambda epoch: next(iter(epoch["validation"].values())))
 
 
@@ -210,8 +211,7 @@ def is_own(task):
 def load_task(args):
     """(splits, names of the classes or (), metrics(predictions, labels)) of a task."""
     if args.task in toy.TASKS:
-        metrics = lambda predictions, labels: glue.metrics("rte", predictions, labels)  # accuracy
-        return toy.load(args.task), ("0", "1"), metrics
+        return toy.load(args.task), ("0", "1"), glue.accuracy
     if is_glue(args.task):
         metrics = lambda predictions, labels: glue.metrics(args.task, predictions, labels)
         classes = glue.TASKS[glue.canonical(args.task)].classes
@@ -273,14 +273,14 @@ def pretrain(config, tok, steps, device, batch_size=64, lr=3e-3, masked=0.2):
     corpus = Encoded(glue.Split(toy.corpus(20000), [0] * 20000), tok, config.max_len, device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     rng = np.random.default_rng(0)
-    bar = tqdm(range(steps), f"pretraining the toy encoder, once, on {device}", disable=SILENT)
+    bar = tqdm(range(steps), f"pretraining the toy encoder, once, on {device}", disable=NO_BAR)
     for step in bar:
         [batch] = corpus.batches([rng.integers(len(corpus.widths), size=batch_size)])
         (input_ids, token_type_ids, mask), _ = corpus.batch(*batch)
         is_word = (input_ids != tok.pad_id) & (input_ids != tok.cls_id) & (input_ids != tok.sep_id)
         hidden = (torch.rand(input_ids.shape, device=device) < masked) & is_word
         states = model.encode(input_ids.masked_fill(hidden, tok.mask_id), token_type_ids, mask)
-        logits = F.linear(states[hidden], model.embeddings.word.weight)
+        logits = F.linear(states[hidden], model.embeddings.word.weight)  # a word's is its input's
         loss = F.cross_entropy(logits, input_ids[hidden])
         set_learning_rate(optimizer, lr * schedule(step, steps, 0.1))
         optimizer.zero_grad()
@@ -428,14 +428,14 @@ def arguments(argv):
     args = parser.parse_args([*words, *argv])
     for name in checkpoint["settings"]:
         given, value = getattr(args, name), getattr(kept, name)
-        has_moved = name == "data_dir" or name == "task" and is_own(given) and is_own(value)
-        if given != value and name != "dtype" and not has_moved:
+        is_folder = name == "data_dir" or (name == "task" and is_own(given) and is_own(value))
+        if given != value and name != "dtype" and not is_folder:  # folders may move
             raise ValueError(f"--{name} {given} contradicts {file}, trained with {value}: "
                              f"leave it out")
     return args, checkpoint
 
 
-# In the checkpoint's settings.
+# Options that a checkpoint does not store.
 NOT_KEPT = ("init_from", "device", "no_graphs", "compile", "out", "log", "resume", "eval_only",
             "predict", "export")
 
@@ -493,10 +493,12 @@ def make_parser():
         help="go on with the run that wrote this checkpoint; default a new run")
     earlier.add_argument("--eval_only", type=Path, metavar="CKPT",
         help="report the figures of this checkpoint, nothing is trained; default train")
-    add("--predict", metavar="FILE", help="with --eval_only: answer each line of a file, or of "
-        "standard input (-), with a label and its probability; two texts have a tab between them")
-    add("--export", type=Path, metavar="FOLDER", help="with --eval_only: write the adapter and the "
-        "head as PEFT reads them")
+    use = parser.add_mutually_exclusive_group()
+    use.add_argument("--predict", metavar="FILE",
+        help="with --eval_only: answer each line of a file, or of standard input (-), with a label "
+        "and its probability; two texts have a tab between them")
+    use.add_argument("--export", type=Path, metavar="FOLDER",
+        help="with --eval_only: write the adapter and the head as PEFT reads them")
 
     def error(message):  # without the usage
         raise ValueError(message)
@@ -632,7 +634,7 @@ def with_summed_weights(model, dtype):
 
     On a GPU the thin products with A and B wait for memory, forward and backward. All layers'
     W0 + dW are formed by a few large products instead, in `dtype`; the sum itself is float32, where
-    small updates are not lost, and rounded once. The W0 of like layers move into one tensor.
+    small updates are not lost, and rounded once.
     """
     alike = {}  # layers of one shape, and of one conversion if any
     for layer in adapted_layers(model):
@@ -640,7 +642,8 @@ def with_summed_weights(model, dtype):
         alike.setdefault(key, []).append(layer)
     groups = []
     for (_, conversion), layers in alike.items():
-        W0 = torch.stack([layer.weight.detach() for layer in layers])  # (L, d_out, d_in)
+        # One tensor (L, d_out, d_in) holds their W0 from now on, so that none is held twice.
+        W0 = torch.stack([layer.weight.detach() for layer in layers])
         for layer, weight in zip(layers, W0):
             layer.weight.data = weight
         groups.append((layers, W0, conversion, W0.to(dtype) if conversion else None))
@@ -648,7 +651,8 @@ def with_summed_weights(model, dtype):
     def forward(*inputs):
         for layers, W0, conversion, narrow_W0 in groups:
             if conversion:
-                A, B = convert_all(conversion, narrow_W0)
+                A, B = convert(narrow_W0, conversion.theta_A.to(dtype),
+                               conversion.theta_B.to(dtype))
             else:
                 A = torch.stack([layer.A for layer in layers]).to(dtype)
                 B = torch.stack([layer.B for layer in layers]).to(dtype)
@@ -660,14 +664,6 @@ def with_summed_weights(model, dtype):
             layer.merged = None
         return logits
     return forward
-
-
-def convert_all(conversion, W0):
-    """A (L, r, d_in) and B (L, d_out, r) of the W0 (L, d_out, d_in) of L layers, in W0's dtype."""
-    square = W0.shape[1] == W0.shape[2]
-    A = F.linear(W0 if square else W0.mT, conversion.theta_A.to(W0.dtype)).mT
-    B = F.linear(W0, conversion.theta_B.to(W0.dtype))
-    return A, B
 
 
 class Recorded:

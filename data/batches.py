@@ -9,17 +9,17 @@ class Encoded:
     """A split's token ids and labels, on the device from the start; batches are cut there."""
 
     def __init__(self, split, tok, max_len, device):
-        rows = [tok.encode(*text, max_len=max_len)
-                for text in tqdm(split.texts, "tokenizing", leave=False, delay=2)]
-        self.lengths = np.array([len(input_ids) for input_ids, _ in rows])
-        # A batch is cut at its largest width. On CUDA widths are multiples of 8, so that there are
-        # few different ones.
+        encoded = [tok.encode(*text, max_len=max_len)
+                   for text in tqdm(split.texts, "tokenizing", leave=False, delay=2, disable=None)]
+        self.lengths = np.array([len(input_ids) for input_ids, _ in encoded])
+        # A batch is cut at its largest width. On CUDA widths are rounded up to multiples of 8, so
+        # that there are few different ones.
         multiple = 8 if device.type == "cuda" else 1
         self.widths = np.minimum(-(-self.lengths // multiple) * multiple, max_len)
-        shape = len(rows), self.widths.max()
+        shape = len(encoded), self.widths.max()
         input_ids = np.full(shape, tok.pad_id)
         token_type_ids = np.zeros(shape, np.int64)
-        for i, (ids, types) in enumerate(rows):
+        for i, (ids, types) in enumerate(encoded):
             input_ids[i, :len(ids)] = ids
             token_type_ids[i, :len(ids)] = types
         mask = np.arange(shape[1]) < self.lengths[:, None]
@@ -38,8 +38,11 @@ class Encoded:
         return inputs, self.labels[rows]
 
     def batches(self, order):
-        """(rows, width, padded), batch's arguments, for each array of row numbers in `order`."""
-        # One copy to the device for all.
+        """[(rows, width, padded)], arguments of `batch`, for each array of row numbers in `order`.
+
+        So a batch is named by a few numbers, and is cut only when its turn comes.
+        """
+        # One copy to the device, then split.
         all_rows = torch.from_numpy(np.concatenate(order)).to(self.labels.device)
         result = []
         for numbers, rows in zip(order, all_rows.split([len(numbers) for numbers in order])):

@@ -73,10 +73,12 @@ def load(file):
     try:
         check(checkpoint, CHECKPOINT, "it")
         Config(**checkpoint["config"])
-        epochs = [epoch["epoch"] for epoch in checkpoint["history"] if epoch["validation"]]
-        if not epochs or epochs != list(range(1, len(checkpoint["history"]) + 1)):
-            raise ValueError("its history is not of epochs 1, 2, ... with validation figures")
-        check(checkpoint["best_epoch"], (int, 1, len(epochs)), "its best epoch")
+        history = checkpoint["history"]
+        if not history or not all(epoch["validation"] for epoch in history):
+            raise ValueError("its history has no validation figures")
+        if [epoch["epoch"] for epoch in history] != list(range(1, len(history) + 1)):
+            raise ValueError("its history is not of epochs 1, 2, ...")
+        check(checkpoint["best_epoch"], (int, 1, len(history)), "its best epoch")
     except (ValueError, TypeError) as error:
         raise ValueError(f"{file} is not a checkpoint of this train.py: "
                          f"{str(error)[:150]}") from None
@@ -93,7 +95,7 @@ def naming(file):
 
 
 def sha256(folder):
-    """Of the weights in a pretrained model's folder."""
+    """SHA-256 of the weights in a pretrained model's folder."""
     with open(weights_file(folder), "rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
@@ -135,10 +137,11 @@ def unpack_state(checkpoint, model, optimizer, file):
     """Put what pack_state packed back in its place."""
     load_weights(checkpoint["last"], model, file)
     [group] = optimizer.param_groups
-    like = {i: {"step": torch.zeros(()), "exp_avg": p, "exp_avg_sq": p}
-            for i, p in enumerate(group["params"])}
-    form = lambda state: {i: {name: (x.shape, x.is_floating_point()) for name, x in values.items()}
-                          for i, values in state.items()}
-    if form(checkpoint["optimizer"]) != form(like):
+    state = checkpoint["optimizer"]
+    expected = {i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+                for i, p in enumerate(group["params"])}
+    given = {i: {name: x.shape for name, x in values.items() if x.is_floating_point()}
+             for i, values in state.items()}
+    if given != expected:
         raise ValueError(f"{file}: its optimizer's state does not fit the model")
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": checkpoint["optimizer"]})
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

@@ -40,9 +40,11 @@ def get(name, data=DATA):
     """Fetch one task or model, unless it is there; returns its folder."""
     task = name.lower().replace("-", "")
     if task in FOLDERS:
-        folder, fill, name = data / "glue" / FOLDERS[task], glue_task, task
+        name, fill = task, glue_task
+        folder = data / "glue" / FOLDERS[task]
     elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
-        folder, fill = data / "models" / name, hub_model
+        fill = hub_model
+        folder = data / "models" / name
     else:
         raise ValueError(f"{name!r} is neither a GLUE task ({', '.join(sorted(FOLDERS))}) "
                          f"nor the name of a model")
@@ -79,7 +81,7 @@ def hub_model(name, folder):
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         fetch(f"{base}/{file}", folder)  # many models have none
     names = "model.safetensors", "pytorch_model.bin"
-    if not any(fetch(f"{base}/{name}", folder) for name in names):
+    if not any(fetch(f"{base}/{file}", folder) for file in names):
         raise OSError(f"{name} has neither model.safetensors nor pytorch_model.bin")
 
 
@@ -139,9 +141,12 @@ def fetch(url, folder):
 
     Raises OSError saying what else went wrong with which URL.
     """
+    if not url.startswith(("https://", "http://")):  # urllib would follow file:// and data:
+        raise OSError(f"{url:.100} is no address of the web: it begins with neither https nor http")
     file = folder / url.rpartition("/")[2]
+    request = urllib.request.Request(url, headers={"User-Agent": "condlora"})
     try:
-        with web().open(url, timeout=60) as answer, open(file, "wb") as out:
+        with urllib.request.urlopen(request, timeout=60) as answer, open(file, "wb") as out:
             length = answer.headers.get("Content-Length", "")
             expected = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
             with tqdm(desc=file.name, total=expected, unit="B", unit_scale=True,
@@ -170,16 +175,6 @@ def fetch_or_fail(url, folder):
     if file is None:
         raise OSError(f"{url} is not there: check the name")
     return file
-
-
-def web():
-    """urllib's opener for the web alone: not for file:, ftp: and data:, nor redirected there."""
-    opener = urllib.request.OpenerDirector()
-    for name in ("Proxy", "Unknown", "HTTP", "HTTPS", "HTTPDefaultError", "HTTPRedirect"):
-        opener.add_handler(getattr(urllib.request, f"{name}Handler")())
-    opener.add_handler(urllib.request.HTTPErrorProcessor())
-    opener.addheaders = [("User-Agent", "condlora")]
-    return opener
 
 
 def main(argv=None):

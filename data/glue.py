@@ -60,8 +60,8 @@ def load(task, root):
             raise FileNotFoundError(f"no {file}: python data/download.py {name} fetches it, "
                                     f"--data_dir says where it is")
     splits = held_out(read(task, files[0]), files[0])
-    for name, file in zip(("test", "test_mismatched"), files[1:]):
-        splits[name] = read(task, file)
+    for split, file in zip(("test", "test_mismatched"), files[1:]):
+        splits[split] = read(task, file)
     return splits
 
 
@@ -89,10 +89,10 @@ def load_folder(folder, regression=False):
 
 def held_out(whole, file):
     """{"train", "validation"}: a fixed tenth of the rows is held out; both in the file's order."""
+    if len(whole.texts) < 2:
+        raise ValueError(f"{file} has one row: one more is needed, to be held out")
     order = np.random.default_rng(0).permutation(len(whole.texts))
     size = max(1, len(order) // 10)
-    if len(order) < 2:
-        raise ValueError(f"{file} has one row: one more is needed, to be held out")
     pick = lambda rows: Split([whole.texts[i] for i in rows], [whole.labels[i] for i in rows])
     return {"train": pick(sorted(order[size:])), "validation": pick(sorted(order[:size]))}
 
@@ -174,13 +174,16 @@ def metrics(task, predictions, labels):
                          f"for labels of shape {labels.shape}")
     if task == "stsb":
         return correlations(predictions, labels)
-    figures = {"accuracy": float(np.mean(predictions == labels))}
     if task == "cola":
         # Of two binary variables, Matthews' correlation is Pearson's.
-        return {"matthews": pearson(predictions, labels)} | figures
+        return {"matthews": pearson(predictions, labels)} | accuracy(predictions, labels)
     if task in ("mrpc", "qqp"):
-        figures["f1"] = f1(predictions == 1, labels == 1)
-    return figures
+        return accuracy(predictions, labels) | {"f1": f1(predictions == 1, labels == 1)}
+    return accuracy(predictions, labels)
+
+
+def accuracy(predictions, labels):
+    return {"accuracy": float(np.mean(predictions == labels))}
 
 
 def correlations(predictions, labels):
@@ -191,7 +194,7 @@ def correlations(predictions, labels):
 def accuracy_and_macro_f1(predictions, labels):
     """Of data of your own; macro-F1 is the mean over the classes either given or predicted."""
     f1s = [f1(predictions == c, labels == c) for c in np.union1d(predictions, labels)]
-    return {"accuracy": float(np.mean(predictions == labels)), "macro_f1": float(np.mean(f1s))}
+    return accuracy(predictions, labels) | {"macro_f1": float(np.mean(f1s))}
 
 
 def f1(predicted, given):

@@ -6,7 +6,6 @@
 
 import json
 import math
-import re
 from pathlib import Path
 
 import torch
@@ -17,12 +16,6 @@ from model import check, hf_name, read_json, read_safetensors, short, write_safe
 BASE = "base_model.model."  # before each name in PEFT's file
 
 
-def path_of(name, model_type):
-    """layers.0.attention.query -> roberta.encoder.layer.0.attention.self.query, and so on."""
-    name = hf_name(f"{name}.", model_type).rstrip(".")
-    return name if name.startswith("classifier") else f"{model_type}.{name}"
-
-
 def export(model, encoder, folder):
     """Write the adapter, CondLoRA's as the LoRA that it makes, and the head into `folder`.
 
@@ -30,7 +23,7 @@ def export(model, encoder, folder):
     as the head has outputs. Raises ValueError where there is no adapter.
     """
     kind = model.config.model_type
-    layers = {path_of(name, kind): layer for name, layer in model.named_modules()
+    layers = {hf_name(f"{name}.", kind)[:-1]: layer for name, layer in model.named_modules()
               if isinstance(layer, AdaptedLinear)}
     if not layers:
         raise ValueError("--method head and full have no adapter to export: use lora or condlora")
@@ -39,13 +32,13 @@ def export(model, encoder, folder):
         for letter, factor in zip("AB", layer.factors()):
             tensors[f"{BASE}{name}.lora_{letter}.weight"] = factor.detach().cpu()
     for name, parameter in model.head.named_parameters():
-        tensors[BASE + path_of(f"head.{name}", kind)] = parameter.detach().cpu()
+        tensors[BASE + hf_name(f"head.{name}", kind)] = parameter.detach().cpu()
     settings = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS",
         "base_model_name_or_path": str(Path(encoder).resolve()),
         "inference_mode": True,
-        "r": layer.rank,
+        "r": layer.rank,  # the last one's, and so all layers'
         "lora_alpha": layer.alpha,
         "lora_dropout": 0.0,
         "bias": "none",
@@ -78,14 +71,15 @@ def read(folder, model):
     file = folder / "adapter_model.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"no {file.name} in {folder}: it should be a LoRA adapter of PEFT")
-    # Of the encoder alone or with a head, which makes its name a part of each key.
-    prefix = re.compile(rf"{re.escape(BASE)}({kind}\.)?")
-    tensors = {prefix.sub("", name): tensor for name, tensor in read_safetensors(file).items()}
+    tensors = {}
+    for name, tensor in read_safetensors(file).items():
+        # PEFT has the "roberta." only where it wrapped a model with a head.
+        tensors[name.removeprefix(BASE).removeprefix(f"{kind}.")] = tensor
     factors = {}
     for name, module in model.named_modules():
         if not isinstance(module, torch.nn.Linear):
             continue
-        key = path_of(name, kind).removeprefix(f"{kind}.")
+        key = hf_name(f"{name}.", kind)[:-1].removeprefix(f"{kind}.")
         A, B = (tensors.pop(f"{key}.lora_{letter}.weight", None) for letter in "AB")
         if A is None and B is None:
             continue

@@ -34,7 +34,7 @@ class Tokenizer:
         self.pad_id, self.mask_id = vocab[pad], vocab[mask]
         # A special token written out in the text stands for itself.
         self.special = re.compile("(" + "|".join(patterns) + ")")
-        # Remembered for this tokenizer, so not a decorator of the class's method.
+        # A cache for each tokenizer; a decorator's would be shared.
         self.ids_of_word = lru_cache(maxsize=1 << 18)(self.ids_of_word)
 
     def ids(self, text):
@@ -64,16 +64,12 @@ class Tokenizer:
         if b is None:
             a = a[:room]
             return [self.cls_id, *a, self.sep_id], [0] * (len(a) + 2)
-        if len(a) + len(b) > room:
-            # The longer gives way until both are half of the room; of two halves that differ by
-            # one token, the larger is the longer part's.
-            half = room // 2
-            if len(a) <= len(b):
-                short = min(len(a), half)
-                a, b = a[:short], b[:room - short]
-            else:
-                short = min(len(b), half)
-                a, b = a[:room - short], b[:short]
+        # The longer gives way until both are half of the room; of two halves that differ by one
+        # token, the larger is the longer part's.
+        half_of_a = (room + (len(a) > len(b))) // 2
+        keep = max(half_of_a, room - len(b))
+        a = a[:keep]
+        b = b[:room - len(a)]
         first = [self.cls_id, *a, self.sep_id]
         second = [self.sep_id] * (self.seps_between - 1) + [*b, self.sep_id]
         return first + second, [0] * len(first) + [self.second_type] * len(second)
@@ -102,7 +98,7 @@ class WordPiece(Tokenizer):
                 text = "".join(c for c in unicodedata.normalize("NFD", text)
                                if unicodedata.category(c) != "Mn")
             if self.lower:
-                # Else lower() would end a word in a final sigma.
+                # Python's lower() gives a final sigma at a word's end, Hugging Face's does not.
                 text = text.replace("\u03a3", "\u03c3")
         if self.lower:
             text = text.lower()
@@ -203,7 +199,7 @@ def class_of(c):
 
 
 CLEAN, CLASSES = Rule(clean), Rule(class_of)
-# Hugging Face's ranges: the last but one begins 256 characters after Unicode's.
+# Hugging Face's ranges, though the last but one begins 256 characters after Unicode's.
 CHINESE = re.compile(
     "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f"
     "\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]")

@@ -38,7 +38,7 @@ def made_up_words():
 
 
 class Lexicon:
-    """The words. Where there is a choice, two stand beside each other."""
+    """The words. The innermost lists hold two each: synonyms, or a kind's two verbs."""
 
     def __init__(self):
         new = made_up_words()
@@ -109,13 +109,12 @@ class Speaker:
         while beside[:2] == subject[:2]:
             beside = self.thing()
         first = self.sentence(subject, beside, verb)
-        if true or self.rng.random() < 0.5:
-            if not true:
-                verb = 1 - verb
-            return first, self.sentence(subject, verb=verb, by_name=self.rng.random() < 0.3)
-        kind, concept, number = subject
-        other = (concept + 1 + self.below(CONCEPTS - 1)) % CONCEPTS
-        return first, self.sentence((kind, other, number), verb=verb)
+        if not true:
+            if self.rng.random() >= 0.5:
+                kind, concept, number = subject
+                return first, self.sentence((kind, 1 - concept, number), verb=verb)
+            verb = 1 - verb
+        return first, self.sentence(subject, verb=verb, by_name=self.rng.random() < 0.3)
 
     def agreement(self, true):
         """(sentence,) of the task toy-agree."""
@@ -139,7 +138,7 @@ def load(task="toy", train=6000, validation=500, test=2000):
     """
     if task not in TASKS:
         raise ValueError(f"task is {task!r}: the toy language has {', '.join(TASKS)}")
-    speaker = Speaker([1, TASKS.index(task)])
+    speaker = Speaker([1, TASKS.index(task)])  # not the corpus's seed
     example = speaker.entailment if task == "toy" else speaker.agreement
     examples = {}
     while len(examples) < train + validation + test:

@@ -334,7 +334,7 @@ def test_a_layer_under_two_names_is_adapted_under_both():
     "arguments, words",
     [
         ({"targets": ("query", "q_proj")}, "'q_proj'.*dense, fc1, fc2, key, out, out_proj, query, value"),
-        ({"targets": ()}, "no nn.Linear is named"),
+        ({"targets": ()}, "targets is empty"),
         ({"rank": 0}, "rank is 0.*from 1 to 16"),
         ({"rank": 17}, "rank is 17.*layers.0.attention.query.*from 1 to 16"),
         ({"method": "dora"}, "'dora'.*'lora' or 'condlora'"),

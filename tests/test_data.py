@@ -390,7 +390,7 @@ def test_only_the_web_is_asked(tmp_path, monkeypatch, endpoint):
     folder.mkdir(parents=True)
     (folder / "config.json").write_text('{"model_type": "bert"}')
     monkeypatch.setenv("HF_ENDPOINT", endpoint + str(tmp_path))
-    with pytest.raises(OSError, match="unknown url type"):
+    with pytest.raises(OSError, match="is no address of the web"):
         download.get("b", tmp_path / "data")
 
 

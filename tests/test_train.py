@@ -455,7 +455,7 @@ def test_what_a_killed_pretraining_left_is_written_over(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "DATA", tmp_path)
     folder = tmp_path / "models/toy-1"
     folder.mkdir(parents=True)
-    for name in ("vocab.txt", "model.safetensors", "model.safetensors.part"):
+    for name in ("vocab.txt", "model.safetensors"):
         (folder / name).write_text("half")
     assert train.toy_encoder(1, torch.device("cpu")) == folder
     assert {file.name for file in folder.iterdir()} == {
@@ -475,8 +475,8 @@ def test_what_a_killed_pretraining_left_is_written_over(monkeypatch, tmp_path):
             lambda c: c["optimizer"][0].update(exp_avg=torch.ones(1)),
             "optimizer's state does not fit",
         ),
-        (lambda c: c["history"].clear(), "its history is not of epochs 1, 2"),
-        (lambda c: c["history"][0].update(validation={}), "its history is not of epochs 1, 2, ... with validation figures"),
+        (lambda c: c["history"][0].update(epoch=2), "its history is not of epochs 1, 2"),
+        (lambda c: c["history"][0].update(validation={}), "no validation figures"),
         (lambda c: c.update(config=[]), "it: config is a list"),
         (lambda c: c.pop("encoder"), "it has no 'encoder'"),
     ],
