@@ -114,6 +114,7 @@ def phi(X, Y, i, j):
 class Layer(NamedTuple):
     """One adapted layer of a checkpoint, float64."""
 
+    number: str  # in the encoder
     W0: torch.Tensor  # (d_out, d_in)
     A: torch.Tensor  # (r, d_in)
     B: torch.Tensor  # (d_out, r)
@@ -198,7 +199,7 @@ def likeness(layers, i, j, side):
     trained, raw = maps(matrices), maps(stacked([(x.A.T, x.B, x.A) for x in layers]))
     controls = [maps(matrices_of(layers, draw)) for _ in range(DRAWS)]
     randoms = [maps(random_like(matrices, draw)) for _ in range(DRAWS)]
-    is_full = i == j == len(layers[0].A) and side == "left"
+    is_full = i == j == rank_of(layers[0]) and side == "left"
     rows = {}
     for name in ("A", "B") if is_full else ("A", "B", "BA"):
         mean = mean_of_pairs(trained[name])
@@ -214,6 +215,11 @@ def likeness(layers, i, j, side):
             "control_map": torch.stack([x[name] for x in controls]).mean(0).tolist(),
         }
     return rows
+
+
+def rank_of(layer):
+    """How many singular vectors A and B have."""
+    return min(*layer.A.shape, *layer.B.shape)
 
 
 def mean_of_pairs(square):
@@ -297,6 +303,7 @@ def comparison(one, two, i, j):
 def analyze(targets, others, i, j, side):
     """Every figure, as JSON takes it: a dict of tables, each by target."""
     result = {"condition": {}, "least_squares": {}, "likeness": {}, "amplification": {}}
+    result["layers"] = [layer.number for layer in next(iter(targets.values()))]
     for target, layers in targets.items():
         result["condition"][target] = [layer.solve.condition for layer in layers]
         result["least_squares"][target] = [
@@ -326,15 +333,15 @@ def colour(value, low, high, scale):
     return "#%02x%02x%02x" % tuple(mixed)
 
 
-def svg(table, title):
+def svg(table, title, numbers):
     """A self-contained picture: for each matrix three maps, layer by layer, of trained, control and
     their difference. The colours span the cells shown, from the random baseline up; the diagonal,
-    1 by definition, is blank."""
+    1 by definition, is blank. numbers: the layers'."""
     maps = {}  # name: [trained, control, difference], (L, L) each
     for name, row in flat(table):
         trained, control = torch.tensor(row["map"]), torch.tensor(row["control_map"])
         maps[name] = [trained, control, trained - control]
-    L = len(next(iter(maps.values()))[0])
+    L = len(numbers)
     shown = ~torch.eye(L, dtype=torch.bool)
     low = min(row["random"][0] for _, row in flat(table))
     high = max(low + 1e-6, *(x[shown].max().item() for three in maps.values() for x in three[:2]))
@@ -363,13 +370,13 @@ def svg(table, title):
 
     def draw_map(x, y, name, values, bottom, end, scale):
         for a in range(L):
-            write(x - 5, y + (a + 0.7) * cell, a, 9, "end")
-            write(x + (a + 0.5) * cell, y + side + 12, a, 9, "middle")
+            write(x - 5, y + (a + 0.7) * cell, numbers[a], 9, "end")
+            write(x + (a + 0.5) * cell, y + side + 12, numbers[a], 9, "middle")
             for b in set(range(L)) - {a}:
                 value = values[a, b].item()
                 box(x + b * cell, y + a * cell, cell - 1, cell - 1,
                     colour(value, bottom, end, scale),
-                    f"<title>{name}, layers {a} and {b}: {value:.4f}</title>")
+                    f"<title>{name}, layers {numbers[a]} and {numbers[b]}: {value:.4f}</title>")
 
     write(16, 28, title, 16)
     write(16, 50, f"\u03c6 of every two layers; control: the mean of {DRAWS} untrained draws "
@@ -392,10 +399,10 @@ def svg(table, title):
 # The tables --------------------------------------------------------------------------------------
 
 def print_tables(result, method, compared_file):
-    numbers = range(len(next(iter(result["condition"].values()))))
-    show(["condition number of W0", *map(str, numbers)],
-         [[target, *(f"{row[l]:.1e}" + " *" * (l in result["least_squares"][target])
-                     for l in numbers)] for target, row in result["condition"].items()])
+    show(["condition number of W0", *result["layers"]],
+         [[target, *(f"{value:.1e}" + (" *" if l in result["least_squares"][target] else "")
+                     for l, value in enumerate(row))]
+          for target, row in result["condition"].items()])
     if any(result["least_squares"].values()):
         print("* rectangular or singular: least squares\n")
     if "compare" in result:
@@ -422,8 +429,9 @@ def print_tables(result, method, compared_file):
     print("dW beside W0, which it changes")
     columns = ("delta", "W0", "kept", "factor", "random", "random_factor")
     show(["layer", "|dW|", "|W0|", "|U'W0 V| along dW", "factor", "along random", "factor"],
-         [[f"{target} {l}", *(f"{row[k]:.3f}" for k in columns)]
-          for target, rows in result["amplification"].items() for l, row in enumerate(rows)])
+         [[f"{target} {number}", *(f"{row[k]:.3f}" for k in columns)]
+          for target, rows in result["amplification"].items()
+          for number, row in zip(result["layers"], rows)])
 
 
 def verdict(table):
@@ -465,11 +473,17 @@ def read(file, init_from, device):
     for name, W0, A, B, scale, thetas in tqdm(adapted, "factorizing W0", leave=False, delay=1,
                                               disable=None):
         W0, A, B, *thetas = (x.double().to(device) for x in (W0, A, B, *thetas))
-        layer = Layer(W0, A, B, scale, tuple(thetas), Solver(W0))
+        for what, x in (("W0", W0), ("A", A), ("B", B)):
+            if not x.isfinite().all() or not x.any():
+                reason = "zero, as before training" if x.isfinite().all() else "not finite"
+                raise ValueError(f"{file}: the {what} of {name} is {reason}: it has no subspace "
+                                 f"to compare")
+        layer = Layer(name.split(".")[1], W0, A, B, scale, tuple(thetas), Solver(W0))
         targets.setdefault(name.rpartition(".")[2], []).append(layer)
-    if min(map(len, targets.values())) < 2 or len(set(map(len, targets.values()))) > 1:
+    numbers = {tuple(layer.number for layer in layers) for layers in targets.values()}
+    if len(numbers) != 1 or len(numbers.pop()) < 2:
         raise ValueError(f"{file} has {describe(targets)}: there are no pairs to compare, unless "
-                         f"each target has as many layers, two or more")
+                         f"each target is in the same layers, two or more")
     for target, layers in targets.items():
         if any(not torch.equal(a, b) for layer in layers
                for a, b in zip(layer.thetas, layers[0].thetas)):
@@ -500,7 +514,10 @@ def read_peft(folder, init_from):
         raise ValueError(f"{folder} is an adapter alone: say where its encoder is with --init_from")
     model = Transformer.from_pretrained(init_from)
     adapted = [(name, model.get_submodule(name).weight, *factors, ())
-               for name, factors in peft_format.read(folder, model).items()]
+               for name, factors in peft_format.read(folder, model).items()
+               if name.startswith("layers.")]  # a head has no second layer to compare
+    if not adapted:
+        raise ValueError(f"{folder} adapts no layer of the encoder")
     return folder.resolve().name, "lora", adapted
 
 
@@ -511,11 +528,14 @@ def run(args):
     if not args.checkpoint.exists():
         raise FileNotFoundError(f"no checkpoint {args.checkpoint}: python train.py writes one")
     picture = args.svg or args.checkpoint.with_suffix(".svg")
-    checkpoints.check_writable(picture, "--svg")
+    if args.checkpoint.is_dir() and not args.svg:
+        picture = Path(f"{args.checkpoint.resolve()}.svg")
+    inputs = [file for file in (args.checkpoint, args.compare) if file]
+    checkpoints.check_writable(picture, "--svg", inputs)
     if args.json:
-        checkpoints.check_writable(args.json, "--json")
+        checkpoints.check_writable(args.json, "--json", [*inputs, picture])
     task, method, targets = read(args.checkpoint, args.init_from, args.device)
-    rank = len(next(iter(targets.values()))[0].A)
+    rank = min(rank_of(layer) for layers in targets.values() for layer in layers)
     i, j = (rank if k is None else k for k in (args.i, args.j))
     for name, k in (("--i", i), ("--j", j)):
         if not 1 <= k <= rank:
@@ -531,7 +551,7 @@ def run(args):
              f"{args.side} singular vectors")
     result = analyze(targets, others, i, j, args.side)
     what = "conversion matrices: " if method == "lora" else "A and B: "
-    drawn = svg(result["likeness"], what + title.replace("phi", "\u03c6"))
+    drawn = svg(result["likeness"], what + title.replace("phi", "\u03c6"), result["layers"])
     checkpoints.write(picture, drawn.encode())
     if args.json:
         settings = {"checkpoint": str(args.checkpoint), "task": task,
@@ -544,8 +564,9 @@ def run(args):
 
 def describe(targets):
     return ", ".join(
-        f"{target} of {len(layers)} layers {'x'.join(map(str, layers[0].W0.shape))} "
-        f"rank {len(layers[0].A)}" for target, layers in targets.items())
+        f"{target} of layers {' '.join(layer.number for layer in layers)}, "
+        f"{'x'.join(map(str, layers[0].W0.shape))} rank {len(layers[0].A)}"
+        for target, layers in targets.items())
 
 
 def main(argv=None):
@@ -572,6 +593,8 @@ def main(argv=None):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         sys.exit(fail(error))
+    except KeyboardInterrupt:
+        sys.exit(fail("stopped"))
 
 
 def fail(message):

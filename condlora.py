@@ -94,12 +94,18 @@ class LoRALinear(AdaptedLinear):
 
 
 class CondLoRALinear(AdaptedLinear):
-    """Owns no factors: a Conversion, the same for many layers, makes them from this layer's W0."""
+    """Owns no factors: a Conversion makes them from this layer's W0.
 
-    def __init__(self, weight, bias, rank, alpha, conversion):
+    Many layers have the same Conversion; the first of them registers it as its submodule.
+    """
+
+    def __init__(self, weight, bias, rank, alpha, conversion, is_first):
         super().__init__(weight, bias, rank, alpha)
-        # A plain attribute, not a submodule: else a state dict would hold it for each layer.
-        object.__setattr__(self, "conversion", conversion)
+        if is_first:
+            self.conversion = conversion
+        else:
+            # A plain attribute, no submodule: else a state dict would hold it for each layer.
+            object.__setattr__(self, "conversion", conversion)
 
     def factors(self):
         return self.conversion(self.weight)
@@ -108,8 +114,7 @@ class CondLoRALinear(AdaptedLinear):
 def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.0):
     """Freeze `model` and adapt, in place, each nn.Linear whose name ends with one of `targets`.
 
-    method  "lora" or "condlora". CondLoRA's conversions, one for each target and shape of weight,
-            become `model.condlora`, so that a state dict holds each theta once.
+    method  "lora" or "condlora", with one Conversion for each target and shape of weight.
     targets one name or several, of one part or more: "out" finds every layer of that name,
             "attention.out" only those in a module named "attention".
     rank    from 1 to min(d_in, d_out); alpha: dW is scaled by alpha / rank.
@@ -121,20 +126,18 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
     targets = (targets,) if isinstance(targets, str) else tuple(targets)
     linears = find_linears(model, method, targets, rank, alpha)
     model.requires_grad_(False)
-    conversions, adapted = nn.ModuleDict(), {}
+    conversions, adapted = {}, {}
     for name, linear in linears.items():
         arguments = linear.weight, linear.bias, rank, alpha
         if method == "lora":
             adapted[linear] = LoRALinear(*arguments)
         else:
-            key = f"{target_of(name, targets)}_{linear.out_features}x{linear.in_features}"
-            key = key.replace(".", "_")  # which no module's name may contain
-            if key not in conversions:
+            key = target_of(name, targets), linear.weight.shape
+            is_first = key not in conversions
+            if is_first:
                 conversions[key] = Conversion(linear.weight, rank)
-            adapted[linear] = CondLoRALinear(*arguments, conversions[key])
+            adapted[linear] = CondLoRALinear(*arguments, conversions[key], is_first)
     replace(model, adapted)
-    if conversions:
-        model.condlora = conversions
     model.adapter_settings = dict(method=method, targets=list(targets), rank=rank, alpha=alpha)
     return model
 
@@ -164,7 +167,8 @@ def merge_and_unload(model):
         linear.bias = layer.bias
         plain[layer] = linear
     replace(model, plain)
-    drop_conversions(model)
+    for part in model.modules():
+        vars(part).pop("adapter_settings", None)
     return model
 
 
@@ -182,8 +186,9 @@ def to_lora(model):
             lora.merged = layer.merged
             turned[layer] = lora
     replace(model, turned)
-    for part, settings in drop_conversions(model):
-        part.adapter_settings = settings | {"method": "lora"}
+    for part in model.modules():
+        if hasattr(part, "adapter_settings"):
+            part.adapter_settings = part.adapter_settings | {"method": "lora"}
     return model
 
 
@@ -205,30 +210,39 @@ def load_adapter(model, file):
         saved = torch.load(file, map_location="cpu", weights_only=True)
         names = "method", "targets", "rank", "alpha"
         settings = {name: saved["settings"][name] for name in names}
-        weights = {name: tensor for name, tensor in saved["weights"].items()
-                   if name.rpartition(".")[2] in ("A", "B", "theta_A", "theta_B")}  # not a head's
+        weights = {name: tensor for name, tensor in saved["weights"].items()  # not a head's
+                   if name.rpartition(".")[2] in ("A", "B", "theta_A", "theta_B")
+                   and torch.is_tensor(tensor)}
     except (LookupError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError, EOFError):
         raise ValueError(f"{file} holds no adapter: save_adapter writes one") from None
     if not hasattr(model, "adapter_settings"):
         try:
             adapt(model, **settings)
-        except ValueError as error:
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{file}: {error}") from None
     for name, value in settings.items():
         if value != model.adapter_settings[name]:
             raise ValueError(f"{file}: {name} is {value}, in the model "
                              f"{model.adapter_settings[name]}")
     copy_tensors(weights, adapter_tensors(model), file)
+    if any(layer.merged is not None for layer in adapted_layers(model)):
+        merge(model)  # anew
     return model
 
 
 def copy_tensors(given, parameters, file):
     """Copy what `file` has into {name: parameter}; ValueError where names or shapes differ."""
+    def form(tensors, name):
+        if name not in tensors:
+            return "not there"
+        tensor = tensors[name]
+        is_plain = tensor.is_floating_point() and tensor.layout == torch.strided
+        return str(tuple(tensor.shape)) if is_plain and not tensor.is_meta else "of another kind"
+
     for name in sorted(parameters.keys() | given.keys()):
-        shapes = [tuple(x[name].shape) if name in x else "not there" for x in (given, parameters)]
-        if shapes[0] != shapes[1]:
-            raise ValueError(f"{file}: {name[:60]} is {str(shapes[0])[:60]}, "
-                             f"in the model {shapes[1]}")
+        if form(given, name) != form(parameters, name):
+            raise ValueError(f"{file}: {name[:60]} is {form(given, name)[:60]}, "
+                             f"in the model {form(parameters, name)}")
     for name, parameter in parameters.items():
         parameter.data.copy_(given[name])
 
@@ -256,15 +270,6 @@ def replace(model, new):
         if old in new:
             parent, _, last = name.rpartition(".")
             setattr(model.get_submodule(parent), last, new[old].train(old.training))
-
-
-def drop_conversions(model):
-    """Forget what `adapt` left in `model` or a part of it; [(part, its settings), ...]."""
-    parts = [part for part in model.modules() if hasattr(part, "adapter_settings")]
-    for part in parts:
-        if hasattr(part, "condlora"):
-            del part.condlora
-    return [(part, part.__dict__.pop("adapter_settings")) for part in parts]
 
 
 def target_of(name, targets):

@@ -65,6 +65,8 @@ def train(model, forward, data, metrics, args, checkpoint):
     split, history = data["train"], checkpoint["history"]
     device, n = split.labels.device, len(split.labels)
     optimizer = make_optimizer(model, args)
+    if args.log and IS_MASTER and not history:
+        args.log.write_text("")
     if history:
         checkpoints.unpack_state(checkpoint, model, optimizer, args.resume)
     step = make_step(forward, split, optimizer, args.grad_clip)
@@ -308,13 +310,19 @@ def run(argv):
     else:
         splits, classes, metrics = load_task(args)
         if checkpoint and checkpoint["classes"] != list(classes):
-            raise ValueError(f"{file} was trained on the classes {short(checkpoint['classes'])}, "
-                             f"{args.task} has {short(classes)}")
+            raise ValueError(f"{file} was trained on the classes "
+                             f"{', '.join(checkpoint['classes']):.60}, "
+                             f"{args.task} has {', '.join(classes):.60}")
+        if checkpoint and checkpoint["n_texts"] != len(splits["train"].texts[0]):
+            raise ValueError(f"{file} was trained on {checkpoint['n_texts']} texts a row, "
+                             f"{args.task} has {len(splits['train'].texts[0])}")
     folder = find_encoder(args, checkpoint, device)
 
     torch.manual_seed(args.seed)
     with checkpoints.naming(file):
         model = build(args, folder, len(classes) or 1).to(device)
+        if checkpoint and vars(model.config) != checkpoint["config"]:
+            raise ValueError(f"{folder / 'config.json'} has changed since")
     if args.eval_only:
         checkpoints.load_weights(checkpoint["weights"], model, file)
     if args.export:
@@ -378,7 +386,8 @@ def report(args, model, checkpoint, figures, examples):
 def read_texts(file, n_texts):
     """A Split without labels: each line of a file ("-" for standard input) is a text, or two."""
     try:
-        text = sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8")
+        text = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        text = text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error}") from None
     lines = text.removesuffix("\n").split("\n") if text else []
@@ -417,6 +426,8 @@ def arguments(argv):
     for name, value in checkpoint["settings"].items():
         if name not in vars(args) or name in NOT_KEPT:
             raise ValueError(f"{file} has a setting {name!r:.40} that there is not")
+        if "-" in {str(v)[:1] for v in (value if isinstance(value, list) else [value])}:
+            raise ValueError(f"{file} has a setting that is an option: {short(value)}")
         if value is True:
             words.append(f"--{name}")
         elif value not in (None, False):
@@ -539,11 +550,12 @@ def complete(args, device):
             raise ValueError(f"--targets {target} names no linear layer of the encoder: "
                              f"use {', '.join(TARGETS)}")
     if IS_MASTER and not args.eval_only:
-        checkpoints.check_writable(args.out, "--out")
+        folders = [args.task, args.init_from or "", DATA / "models" / (args.init_from or "")]
+        inputs = [file for folder in folders for file in Path(folder).glob("*")
+                  if file.suffix in (".tsv", ".json", ".safetensors", ".bin", ".txt")]
+        checkpoints.check_writable(args.out, "--out", inputs)
         if args.log:
-            checkpoints.check_writable(args.log, "--log")
-            if not args.resume:
-                args.log.write_text("")
+            checkpoints.check_writable(args.log, "--log", [*inputs, args.out])
 
 
 def pick_device(name):
@@ -553,9 +565,9 @@ def pick_device(name):
     if torch.cuda.is_available():
         kinds.append("cuda")
     name = name or kinds[-1]
-    kind, _, index = name.partition(":")
+    kind = name.partition(":")[0]
     count = torch.cuda.device_count() if kind == "cuda" else 1
-    if kind not in kinds or index not in ("", *map(str, range(count))):
+    if kind not in kinds or name not in (kind, *(f"{kind}:{i}" for i in range(count))):
         raise ValueError(f"--device {name} is not there: use {' or '.join(reversed(kinds))}")
     if PROCESSES > 1 and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -586,7 +598,7 @@ def main(argv=None):
     except torch.OutOfMemoryError:
         sys.exit(fail("the device is out of memory: try a smaller --batch_size or --max_len"))
     except KeyboardInterrupt:
-        sys.exit(fail("stopped. --resume with the checkpoint goes on after its last whole epoch"))
+        sys.exit(fail("stopped. If an epoch was done, --resume with its checkpoint goes on"))
 
 
 def fail(message):

@@ -46,11 +46,16 @@ def write(file, data):
         raise OSError(f"{file} cannot be written: {error.strerror}") from None
 
 
-def check_writable(file, option):
-    """Raise ValueError now where `write` could not write what `option` names later."""
+def check_writable(file, option, needed=()):
+    """Raise ValueError now where `write` could not write what `option` names later.
+
+    Or where it should not, since that is one of the files `needed`.
+    """
     try:
         if file.exists() and not file.is_file():
             raise ValueError("it is no file")
+        if file.resolve() in [Path(other).resolve() for other in needed]:
+            raise ValueError("the file is needed for something else")
         beside(file).write_bytes(b"")
         beside(file).unlink()
     except (OSError, ValueError) as error:

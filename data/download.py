@@ -183,6 +183,7 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="+", metavar="NAME",
                         help="a GLUE task, or a model of the Hugging Face hub")
+    parser.error = lambda message: sys.exit(fail(message))
     try:
         for name in parser.parse_args(argv).names:
             get(name)

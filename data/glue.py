@@ -113,6 +113,8 @@ def rows_of(file):
             rows = [line.rstrip("\r\n").split("\t") for line in lines]
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error}") from None
+    while rows and rows[-1] == [""]:
+        rows.pop()
     if not rows:
         raise ValueError(f"{file} is empty")
     return rows
@@ -126,7 +128,8 @@ def read(task, file):
         header, first = rows.pop(0), 2
     for column in (*task.texts, task.label):
         if column not in header:
-            raise ValueError(f"{file}, line 1: no column {column!r} in the header")
+            raise ValueError(f"{file}, line 1: no column {column!r} in the header, "
+                             f"which has {', '.join(header):.100}")
     if not rows:
         raise ValueError(f"{file} has no rows")
     text_columns = [header.index(name) for name in task.texts]
@@ -134,7 +137,8 @@ def read(task, file):
     texts, labels = [], []
     for number, row in enumerate(rows, first):
         where = f"{file}, line {number}"
-        if len(row) <= max(label_column, *text_columns):
+        is_own = not task.folder  # GLUE's own files have rows of odd lengths
+        if len(row) <= max(label_column, *text_columns) or (is_own and len(row) != len(header)):
             raise ValueError(f"{where}: {len(row)} columns, expected {len(header)}")
         texts.append(tuple(row[i] for i in text_columns))
         labels.append(read_label(task, row[label_column], where))

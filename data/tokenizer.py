@@ -29,7 +29,7 @@ class Tokenizer:
         for token in (unk, cls, sep, pad, mask):
             if token not in vocab:
                 raise ValueError(f"the vocabulary has no special token {short(token)}")
-        self.vocab, self.vocab_size = vocab, len(vocab)
+        self.vocab, self.vocab_size = vocab, max(vocab.values()) + 1
         self.unk_id, self.cls_id, self.sep_id = vocab[unk], vocab[cls], vocab[sep]
         self.pad_id, self.mask_id = vocab[pad], vocab[mask]
         # A special token written out in the text stands for itself.

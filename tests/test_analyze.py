@@ -251,7 +251,7 @@ def test_condloras_factors_are_compared_beside_untrained_thetas_through_the_same
         row = json.load(open("out.json"))["likeness"][target]
         for name, expected in control_of(file, encoder, target, make).items():
             assert row[name]["control"] == pytest.approx(expected)
-            theta = trained[f"condlora.{target}_8x8.theta_{name}"].double()
+            theta = trained[f"layers.0.attention.{target}.conversion.theta_{name}"].double()
             factors = [
                 encoder[f"bert.encoder.layer.{l}.attention.self.{target}.weight"].double() @ theta.T
                 for l in range(2)
@@ -350,7 +350,7 @@ def test_colours_run_over_the_scale_and_stop_at_its_ends():
 def test_a_condlora_checkpoint_has_one_conversion_matrix_in_every_layer(checkpoint, capsys):
     run(capsys, checkpoint("condlora"), "--json", "out.json")
     found = json.load(open("out.json"))["theta"]
-    theta = torch.load("condlora.pt", weights_only=True)["weights"]["condlora.value_8x8.theta_B"]
+    theta = torch.load("condlora.pt", weights_only=True)["weights"]["layers.0.attention.value.conversion.theta_B"]
     assert all(row["largest_deviation"] < 1e-9 for rows in found.values() for row in rows.values())
     assert found["value"]["B"]["singular_values"] == pytest.approx(
         np.linalg.svd(theta.double().numpy())[1].tolist()
@@ -373,7 +373,7 @@ def test_two_checkpoints_compare_in_either_order(checkpoint, capsys):
     # The control draws apart for the two sides: untrained ones are not the same, even through one W0.
     assert found[2]["C_A"]["control"][0] < 0.99 and found[2]["C_B"]["control"][0] < 0.99
     weights = torch.load(lora, weights_only=True)["weights"]
-    theta = torch.load(condlora, weights_only=True)["weights"]["condlora.query_8x8.theta_A"]
+    theta = torch.load(condlora, weights_only=True)["weights"]["layers.0.attention.query.conversion.theta_A"]
     model = torch.load(lora, weights_only=True)["encoder"]["path"]
     encoder = torch.load(f"{model}/pytorch_model.bin", weights_only=True)
     by_hand = [
@@ -390,7 +390,7 @@ def test_two_checkpoints_compare_in_either_order(checkpoint, capsys):
     ]
     assert found[0]["C_A"]["phi"] == pytest.approx(np.mean(by_hand))
     W0 = [encoder[f"bert.encoder.layer.{l}.attention.self.query.weight"].double() for l in range(2)]
-    theta_B = torch.load(condlora, weights_only=True)["weights"]["condlora.query_8x8.theta_B"]
+    theta_B = torch.load(condlora, weights_only=True)["weights"]["layers.0.attention.query.conversion.theta_B"]
     by_hand = [
         subspace_similarity(
             weights[f"layers.{l}.attention.query.B"].double(), W0[l] @ theta_B.T.double(), 3, 3
@@ -430,11 +430,19 @@ def test_a_mistake_gets_one_line_and_exit_status_2(checkpoint, capsys, tmp_path,
     assert "--method full" in fails(capsys, checkpoint("full"))
     assert "--i is 4: A and B of rank 3" in fails(capsys, lora, "--i", 4)
     assert "--j is -1" in fails(capsys, lora, "--j", -1)
-    assert "of different shapes: query of 2 layers 8x8 rank 3" in fails(
+    assert "of different shapes: query of layers 0 1, 8x8 rank 3" in fails(
         capsys, lora, "--compare", checkpoint("lora", "--rank", "2", out="two.pt")
     )
     assert "--device tpu is not there: use" in fails(capsys, lora, "--device", "tpu")
     assert "invalid choice: 'top'" in fails(capsys, lora, "--side", "top")
+    for option in ("--svg", "--json"):
+        assert f"{option} lora.pt cannot be written" in fails(capsys, "lora.pt", option, "lora.pt")
+    for name, change in (("zero", lambda w: w.zero_()), ("nan", lambda w: w.fill_(float("nan")))):
+        damaged = torch.load(lora, weights_only=True)
+        change(damaged["weights"]["layers.1.attention.value.B"])
+        torch.save(damaged, f"{name}.pt")
+    assert "the B of layers.1.attention.value is zero, as before" in fails(capsys, "zero.pt")
+    assert "the B of layers.1.attention.value is not finite" in fails(capsys, "nan.pt")
     moved = bert_folder.rename(tmp_path / "moved")
     assert "not at" in (line := fails(capsys, lora)) and "--init_from" in line
     assert "mean phi" in run(capsys, lora, "--init_from", moved)
@@ -476,7 +484,7 @@ def test_a_reader_that_leaves_early_is_no_error(checkpoint, monkeypatch):
 
 def test_layers_that_cannot_be_paired_are_refused(checkpoint, capsys):
     unequal = checkpoint("lora", "--targets", "query", "1.attention.value")
-    assert "query of 2 layers 8x8 rank 3, value of 1 layers" in fails(capsys, unequal)
+    assert "query of layers 0 1, 8x8 rank 3, value of layers 1, 8x8" in fails(capsys, unequal)
     apart = checkpoint("condlora", "--targets", "0.attention.query", "1.attention.query")
     assert "layers named query have different thetas" in fails(capsys, apart)
 

@@ -68,7 +68,7 @@ def test_condloras_factors_of_a_square_weight_by_hand():
     layer = model["query"]
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1.0, 2], [3, 4]]))
-        conversion = model.condlora["query_2x2"]
+        conversion = layer.conversion
         conversion.theta_A.copy_(torch.tensor([[1.0, -1]]))
         conversion.theta_B.copy_(torch.tensor([[2.0, 1]]))
     A, B = layer.factors()
@@ -82,7 +82,7 @@ def test_condloras_factors_of_a_2x3_weight_by_hand():
     layer = model["fc"]
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([[1.0, 2, 3], [4, 5, 6]]))
-        conversion = model.condlora["fc_2x3"]
+        conversion = layer.conversion
         conversion.theta_A.copy_(torch.tensor([[1.0, 10]]))  # reads the columns of W0
         conversion.theta_B.copy_(torch.tensor([[1.0, 0, 2]]))  # reads its rows
     A, B = layer.factors()
@@ -123,7 +123,9 @@ def test_condloras_gradient_is_that_of_the_written_out_formula():
     plain = encoder(layers=2)
     model(IDS).square().sum().backward()
     theta = {
-        name: p.detach().clone().requires_grad_() for name, p in model.condlora.named_parameters()
+        f"{target}.{name}": p.detach().clone().requires_grad_()
+        for target in ("query", "value")
+        for name, p in getattr(model.layers[0].attention, target).conversion.named_parameters()
     }
     weights = {}
     for i in range(2):
@@ -131,13 +133,14 @@ def test_condloras_gradient_is_that_of_the_written_out_formula():
             name = f"layers.{i}.attention.{target}.weight"
             W0 = plain.state_dict()[name]
             A, B = (
-                (W0 @ theta[f"{target}_16x16.theta_A"].T).T,
-                W0 @ theta[f"{target}_16x16.theta_B"].T,
+                (W0 @ theta[f"{target}.theta_A"].T).T,
+                W0 @ theta[f"{target}.theta_B"].T,
             )
             weights[name] = W0 + B @ A
     torch.func.functional_call(plain, weights, (IDS,)).square().sum().backward()
-    for name, p in model.condlora.named_parameters():
-        assert torch.allclose(p.grad, theta[name].grad, rtol=1e-4, atol=1e-6)
+    for target in ("query", "value"):
+        for name, p in getattr(model.layers[1].attention, target).conversion.named_parameters():
+            assert torch.allclose(p.grad, theta[f"{target}.{name}"].grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("method", ["lora", "condlora"])
@@ -175,8 +178,8 @@ def test_a_state_dict_holds_each_theta_once():
     model = adapt(encoder(layers=3), targets=("query", "value", "fc1"))
     names = [name for name in model.state_dict() if "theta" in name]
     assert sorted(names) == [
-        f"condlora.{key}.theta_{x}"
-        for key in ("fc1_32x16", "query_16x16", "value_16x16")
+        f"layers.0.{key}.conversion.theta_{x}"  # the first layer registers it for all
+        for key in ("attention.query", "attention.value", "fc1")
         for x in "AB"
     ]
     other = adapt(encoder(layers=3), targets=("query", "value", "fc1"))
@@ -191,10 +194,8 @@ def test_layers_share_a_theta_only_where_target_name_and_shape_agree():
         nn.ModuleDict({"dense": nn.Linear(4, 4)}),
     )
     adapt(model, targets="dense", rank=2)
-    assert (
-        model[0]["dense"].conversion is model[2]["dense"].conversion is model.condlora["dense_4x4"]
-    )
-    assert model[1]["dense"].conversion is model.condlora["dense_8x4"]
+    assert model[0]["dense"].conversion is model[2]["dense"].conversion
+    assert model[1]["dense"].conversion is not model[0]["dense"].conversion
     assert [tuple(f.shape) for f in model[1]["dense"].factors()] == [(2, 4), (8, 2)]
 
 
@@ -204,14 +205,14 @@ def test_a_target_of_two_parts_chooses_among_layers_of_one_name():
     adapt(model, targets=("attention.out", "fc1"), rank=2)
     expected = [f"layers.{l}.{name}" for l in range(3) for name in ("attention.out", "fc1")]
     assert [name for name, m in model.named_modules() if isinstance(m, CondLoRALinear)] == expected
-    assert list(model.condlora) == ["attention_out_16x16", "fc1_32x16"]
+    assert len(adapter_parameters(model)) == 2 * 2
 
 
 def test_a_copy_of_the_model_shares_its_own_theta():
     model = trained(adapt(encoder()))
     twin = copy.deepcopy(model)
     trained(twin)
-    assert twin.layers[0].attention.query.conversion is twin.condlora["query_16x16"]
+    assert twin.layers[0].attention.query.conversion is twin.layers[2].attention.query.conversion
     assert not torch.equal(twin(IDS), model(IDS))
 
 
@@ -295,6 +296,26 @@ def test_an_adapted_layer_is_in_the_mode_of_the_layer_it_replaces(mode):
     for change in (lambda model: model, to_lora, merge_and_unload):
         layers = [layer.attention.query for layer in change(model).layers]
         assert {layer.training for layer in layers} == {mode}
+
+
+@pytest.mark.parametrize("method", ["lora", "condlora"])
+def test_a_sequential_model_stays_one(method):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    x = torch.randn(3, 4)
+    expected = model(x)
+    adapt(model, method, ("0", "2"), rank=2)
+    assert len(model) == 3 and torch.equal(model(x), expected)
+
+
+def test_loading_into_a_merged_model_merges_what_was_loaded(tmp_path):
+    model = trained(adapt(encoder(), "lora"))
+    save_adapter(model, tmp_path / "adapter.pt")
+    expected = model(IDS)
+    other = merge(trained(adapt(encoder(), "lora")))
+    with torch.no_grad():
+        adapter_parameters(other)[0].zero_()
+    load_adapter(merge(other), tmp_path / "adapter.pt")
+    assert torch.allclose(other(IDS), expected, atol=1e-5)
 
 
 def test_a_subclass_of_nn_linear_is_left_alone():

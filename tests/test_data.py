@@ -453,6 +453,7 @@ def test_accuracy_and_macro_f1_are_scikit_learns():
             "dev.tsv, line 2: label '3', expected one of 1, 2",
         ),
         (["a\t1", "b"], None, "text\tlabel", "train.tsv, line 3: 1 columns, expected 2"),
+        (["a\t1", "b\tc\t2"], None, "text\tlabel", "train.tsv, line 3: 3 columns, expected 2"),
         (["a\t1"], None, "sentence\tlabel", "line 1: no column 'text1'"),
         ([], None, "text\tlabel", "train.tsv has no rows"),
     ],

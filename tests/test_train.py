@@ -105,15 +105,11 @@ def test_each_method_trains_what_it_says_and_no_more(little, capsys, method, tra
     assert sum(w.numel() for w in checkpoint["weights"].values()) == trained + head
     assert f"{trained:,} (" in table["all" if method == "full" else "adapter"]
     if method == "condlora":
+        thetas = [f"{target}.conversion.theta_{x}" for target in ("query", "value") for x in "AB"]
+        heads = [f"{layer}.{x}" for layer in ("dense", "out_proj") for x in ("bias", "weight")]
         assert sorted(checkpoint["weights"]) == [
-            "condlora.query_8x8.theta_A",
-            "condlora.query_8x8.theta_B",
-            "condlora.value_8x8.theta_A",
-            "condlora.value_8x8.theta_B",
-            "head.dense.bias",
-            "head.dense.weight",
-            "head.out_proj.bias",
-            "head.out_proj.weight",
+            *(f"head.{name}" for name in heads),
+            *(f"layers.0.attention.{name}" for name in thetas),
         ]
 
 
@@ -294,6 +290,9 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
         (["--out", "/dev/full"], "--out /dev/full cannot be written: it is no file"),
         (["--out", "a" * 252 + ".pt"], "cannot be written: File name too long"),
         (["--log", "nowhere/log"], "--log nowhere/log cannot be written"),
+        (["--log", "ckpt.pt"], "--log ckpt.pt cannot be written: the file is needed for something"),
+        (["--out", "bert/config.json"], "--out bert/config.json cannot be written: the file is"),
+        (["--device", "cpu:"], "--device cpu: is not there"),
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_status_2(little, capsys, arguments, words):
@@ -333,6 +332,9 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
     monkeypatch.setattr("sys.stdin", open("texts"))
     train.main(["--eval_only", "ckpt.pt", "--predict", "-", "--device", "cpu"])
     assert capsys.readouterr().out.splitlines() == expected
+    (tmp_path / "texts").write_bytes(b"\xef\xbb\xbf" + "\n".join(texts).encode() + b"\r\n")
+    train.main(["--eval_only", "ckpt.pt", "--predict", "texts", "--device", "cpu"])
+    assert capsys.readouterr().out.splitlines() == expected  # as Windows writes them
     (tmp_path / "texts").write_text("a\tb\n")
     assert "texts, line 1: 2 texts" in fails(
         ["--eval_only", "ckpt.pt", "--predict", "texts"], capsys
@@ -354,6 +356,12 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
     assert "was trained on the classes" in fails(
         ["--eval_only", "ckpt.pt", "--task", "moved"], capsys
     )
+
+
+def test_a_log_is_not_emptied_by_a_run_that_does_not_start(little, capsys, tmp_path):
+    (tmp_path / "log").write_text("precious")
+    fails([*little, "--log", "log", "--init_from", "nowhere"], capsys)
+    assert (tmp_path / "log").read_text() == "precious"
 
 
 def test_a_regression_of_ones_own_predicts_numbers(little, capsys, tmp_path):
@@ -438,6 +446,10 @@ def test_what_a_killed_pretraining_left_is_written_over(monkeypatch, tmp_path):
         (lambda c: c["settings"].update(rank=50), "rank is 50"),
         (lambda c: c["settings"].update(lr="x"), "--lr: 'x' is no number"),
         (lambda c: c["settings"].update(help=True), "a setting 'help' that there is not"),
+        (lambda c: c["settings"].update(targets=["query", "--out=x"]), "that is an option"),
+        (lambda c: c["config"].update(num_attention_heads=4), "config.json has changed since"),
+        (lambda c: c["last"].update({"head.out_proj.bias": torch.ones(2, dtype=torch.complex64)}),
+         "head.out_proj.bias is of another kind"),
         (lambda c: c["weights"].popitem(), "is not there, in the model"),
         (lambda c: c["last"].update(x=torch.ones(1)), "x is (1,), in the model not there"),
         (
