@@ -585,6 +585,31 @@ def test_training_is_adamw_with_clipping_decay_and_schedule_as_written_out(
         assert torch.allclose(last[name].double(), weight, atol=2e-4), name
 
 
+def test_the_gradient_is_clipped_to_the_norm_that_was_asked_for():
+    """AdamW hides the gradient's size; plain SGD at a rate of 1 moves by the gradient itself."""
+    model = torch.nn.Linear(3, 2)
+    before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+    batch = ((torch.full((4, 3), 100.0),), torch.tensor([0, 1, 1, 1]))
+    split = Namespace(batch=lambda rows, width, padded: batch)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    train.make_step(model, split, optimizer, 0.25)(torch.arange(4), 3, False)
+    after = torch.cat([p.detach().flatten() for p in model.parameters()])
+    assert (after - before).norm().item() == pytest.approx(0.25, rel=1e-4)
+
+
+def test_the_best_epochs_weights_are_kept_whatever_comes_later(little, capsys, monkeypatch):
+    figures, lasts, save = iter([0.5, 0.9, 0.6, 0, 0]), [], checkpoints.save
+    monkeypatch.setattr(train, "evaluate", lambda *_: {"accuracy": next(figures)})
+    monkeypatch.setattr(
+        checkpoints, "save", lambda c, file: lasts.append(c["last"]) or save(c, file)
+    )
+    run([*little, "--epochs", "3"], capsys)
+    checkpoint = torch.load("ckpt.pt", weights_only=True)
+    assert checkpoint["best_epoch"] == 2
+    for name, weight in checkpoint["weights"].items():
+        assert torch.equal(weight, lasts[1][name]) and not torch.equal(weight, lasts[2][name])
+
+
 @pytest.mark.parametrize("method", ["lora", "condlora", "head"])
 def test_frozen_weights_do_not_move(little, capsys, monkeypatch, bert_folder, method):
     models, build = [], train.build
