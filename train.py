@@ -1,8 +1,8 @@
 """Fine-tune a frozen encoder with CondLoRA or LoRA, on the toy language or on GLUE.
 
-    python train.py --method condlora                        # from scratch, in a minute
-    python data/download.py rte roberta-base
-    python train.py --task rte --init_from roberta-base      # GLUE
+    python train.py --method condlora                        # from scratch, in minutes
+    python data/download.py mrpc roberta-base
+    python train.py --task mrpc --init_from roberta-base     # GLUE
     python train.py --task FOLDER --init_from roberta-base   # your own train.tsv and dev.tsv
     python train.py --eval_only ckpt.pt                      # its figures again
     python train.py --eval_only ckpt.pt --predict FILE       # its answers, line by line

@@ -10,15 +10,15 @@ Shares of the peak. An encoder of N weights is counted as 4 N floating-point ope
 forward, and backward through the activations alone. (What train.py does is within 1% of that,
 attention aside: the last layer's saved positions and the gradients of W0 + dW weigh the same.) The
 peak is what a bf16 product of 8192 x 8192 matrices runs at, repeated as often as the steps: a GPU
-slows down when it is kept busy. On one H200 that was 666 TFLOP/s, 776 on a rested GPU; the shares
-of that stand beside. The recorded steps' quartiles lay within 2% of the median, the others', which
+slows down when it is kept busy. On one H100 that was 737 TFLOP/s, 793 on a rested GPU; the shares
+of that stand beside. The recorded steps' quartiles lay within 1% of the median, the others', which
 wait for Python, within 13%.
 
 What makes a step fast. A small batch's thousand kernels take longer to launch than to run: plain
-loop 36.0 ms, recorded as a CUDA graph 5.2 (batch 32). An adapter's thin products wait for memory:
+loop 41.9 ms, recorded as a CUDA graph 5.5 (batch 32). An adapter's thin products wait for memory:
 forming W0 + dW for all layers at once and doing one product with it replaces three. Frozen weights
 are bfloat16; no mask is made where nothing is padded; the last layer is computed for the first
-token only. MPNet's position bias costs 8 to 10%, once it is contiguous: without that, attention
+token only. MPNet's position bias costs 8%, once it is contiguous: without that, attention
 falls back to its slowest kernel and the step takes 1.65 to 1.9 times RoBERTa's. The deterministic
 mode costs 2%, 6% where padded. torch.compile needs a minute to start.
 
