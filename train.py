@@ -297,58 +297,36 @@ def pretrain(config, tok, steps, device, batch_size=64, lr=3e-3, masked=0.2):
 
 def run(argv):
     args, checkpoint = arguments(argv)
-    file = args.resume or args.eval_only
     device = pick_device(args.device)
     complete(args, device)
     be_deterministic(device)
     if PROCESSES > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if args.predict or args.export:
-        splits, classes = {}, checkpoint["classes"]
-        if args.predict:
-            splits["lines"] = read_texts(args.predict, checkpoint["n_texts"])
+        use(args, checkpoint, device)
     else:
-        splits, classes, metrics = load_task(args)
-        if checkpoint and checkpoint["classes"] != list(classes):
-            raise ValueError(f"{file} was trained on the classes "
-                             f"{', '.join(checkpoint['classes']):.60}, "
-                             f"{args.task} has {', '.join(classes):.60}")
-        if checkpoint and checkpoint["n_texts"] != len(splits["train"].texts[0]):
-            raise ValueError(f"{file} was trained on {checkpoint['n_texts']} texts a row, "
-                             f"{args.task} has {len(splits['train'].texts[0])}")
-    folder = find_encoder(args, checkpoint, device)
+        train_and_report(args, checkpoint, device)
 
-    torch.manual_seed(args.seed)
-    with checkpoints.naming(file):
-        model = build(args, folder, len(classes) or 1).to(device)
-        if checkpoint and vars(model.config) != checkpoint["config"]:
-            raise ValueError(f"{folder / 'config.json'} has changed since")
-    if args.eval_only:
-        checkpoints.load_weights(checkpoint["weights"], model, file)
-    if args.export:
-        peft_format.export(model, folder, args.export)
-        print(args.export)
-        return
+
+def train_and_report(args, checkpoint, device):
+    """Train, but for --eval_only; print the table of figures and write it to the checkpoint."""
+    splits, classes, metrics = load_task(args)
+    n_texts = len(splits["train"].texts[0])
+    if checkpoint and (checkpoint["classes"], checkpoint["n_texts"]) != (list(classes), n_texts):
+        kind = lambda n, names: f"{n} texts a row and the classes {', '.join(names) or 'none':.60}"
+        raise ValueError(f"{args.resume or args.eval_only} was trained on "
+                         f"{kind(checkpoint['n_texts'], checkpoint['classes'])}, "
+                         f"{args.task} has {kind(n_texts, classes)}")
+    folder, model = load_model(args, checkpoint, len(classes) or 1, device)
     forward = fast_forward(model, args, device)
-    tok = tokenizer.load(folder)
-    if tok.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, "
-                         f"the model {model.config.vocab_size}")
-    max_len = min(args.max_len, model.config.max_len)
-    with checkpoints.naming(file):
-        data = {name: Encoded(split, tok, max_len, device) for name, split in splits.items()}
-    if args.predict:
-        print_predictions(outputs_of(model, forward, data["lines"], args.batch_size), classes)
-        return
-
+    data = encode(splits, folder, model, args, device)
     if not checkpoint:
         settings = {name: str(value) if isinstance(value, Path) else value
                     for name, value in vars(args).items() if name not in NOT_KEPT}
         checkpoint = {
-            "task": args.task, "classes": list(classes), "settings": settings,
-            "n_texts": len(splits["train"].texts[0]), "config": vars(model.config),
+            "task": args.task, "classes": list(classes), "n_texts": n_texts, "settings": settings,
+            "config": vars(model.config), "history": [],
             "encoder": {"path": str(folder.resolve()), "sha256": checkpoints.sha256(folder)},
-            "history": [],
         }
     if not args.eval_only:
         train(model, forward, data, metrics, args, checkpoint)
@@ -360,6 +338,46 @@ def run(argv):
             checkpoint["results"] = figures
             checkpoints.save(checkpoint, args.out)
         report(args, model, checkpoint, figures, len(splits["train"].labels))
+
+
+def use(args, checkpoint, device):
+    """Export a checkpoint's model, or print what it predicts."""
+    classes = checkpoint["classes"]
+    folder, model = load_model(args, checkpoint, len(classes) or 1, device)
+    if args.export:
+        peft_format.export(model, folder, args.export)
+        print(args.export)
+        return
+    lines = {"lines": read_texts(args.predict, checkpoint["n_texts"])}
+    forward = fast_forward(model, args, device)
+    data = encode(lines, folder, model, args, device)
+    print_predictions(outputs_of(model, forward, data["lines"], args.batch_size), classes)
+
+
+def load_model(args, checkpoint, n_out, device):
+    """(the encoder's folder, the model); with --eval_only the model has the checkpoint's weights.
+    """
+    file = args.resume or args.eval_only
+    folder = find_encoder(args, checkpoint, device)
+    torch.manual_seed(args.seed)
+    with checkpoints.naming(file):
+        model = build(args, folder, n_out).to(device)
+        if checkpoint and vars(model.config) != checkpoint["config"]:
+            raise ValueError(f"{folder / 'config.json'} has changed since")
+    if args.eval_only:
+        checkpoints.load_weights(checkpoint["weights"], model, file)
+    return folder, model
+
+
+def encode(splits, folder, model, args, device):
+    """{name: Encoded split}"""
+    tok = tokenizer.load(folder)
+    if tok.vocab_size > model.config.vocab_size:
+        raise ValueError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, "
+                         f"the model {model.config.vocab_size}")
+    max_len = min(args.max_len, model.config.max_len)
+    with checkpoints.naming(args.resume or args.eval_only):
+        return {name: Encoded(split, tok, max_len, device) for name, split in splits.items()}
 
 
 def report(args, model, checkpoint, figures, examples):
@@ -550,8 +568,10 @@ def complete(args, device):
             raise ValueError(f"--targets {target} names no linear layer of the encoder: "
                              f"use {', '.join(TARGETS)}")
     if IS_MASTER and not args.eval_only:
-        folders = [args.task, args.init_from or "", DATA / "models" / (args.init_from or "")]
-        inputs = [file for folder in folders for file in Path(folder).glob("*")
+        folders = [Path(args.task)]
+        if args.init_from:
+            folders += [Path(args.init_from), DATA / "models" / args.init_from]
+        inputs = [file for folder in folders for file in folder.glob("*")
                   if file.suffix in (".tsv", ".json", ".safetensors", ".bin", ".txt")]
         checkpoints.check_writable(args.out, "--out", inputs)
         if args.log:

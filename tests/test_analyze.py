@@ -104,29 +104,9 @@ def checkpoint(tmp_path, monkeypatch, bert_folder):
 
     def make(method, *more, out=None):
         out = out or f"{method}.pt"
-        train.main(
-            [
-                "--task",
-                "sst2",
-                "--init_from",
-                str(bert_folder),
-                "--data_dir",
-                str(tmp_path / "glue"),
-                "--device",
-                "cpu",
-                "--epochs",
-                "1",
-                "--rank",
-                "3",
-                "--lr",
-                "0.02",
-                "--method",
-                method,
-                "--out",
-                out,
-                *more,
-            ]
-        )
+        options = f"--task sst2 --init_from {bert_folder} --data_dir {tmp_path / 'glue'} --rank 3"
+        options += f" --device cpu --epochs 1 --lr 0.02 --method {method} --out {out}"
+        train.main([*options.split(), *more])
         return tmp_path / out
 
     return make
@@ -275,21 +255,10 @@ def test_amplification_is_the_lora_papers(checkpoint, capsys, bert_folder):
     file = checkpoint("lora", "--alpha", "6")
     run(capsys, file, "--json", "out.json")
     weights = torch.load(file, weights_only=True)["weights"]
-    W0 = (
-        torch.load(bert_folder / "pytorch_model.bin", weights_only=True)[
-            "bert.encoder.layer.1.attention.self.value.weight"
-        ]
-        .double()
-        .numpy()
-    )
-    delta = (
-        6
-        / 3
-        * (
-            weights["layers.1.attention.value.B"].double()
-            @ weights["layers.1.attention.value.A"].double()
-        ).numpy()
-    )
+    encoder = torch.load(bert_folder / "pytorch_model.bin", weights_only=True)
+    W0 = encoder["bert.encoder.layer.1.attention.self.value.weight"].double().numpy()
+    A, B = (weights[f"layers.1.attention.value.{x}"].double().numpy() for x in "AB")
+    delta = 6 / 3 * B @ A
     U, S, Vh = np.linalg.svd(delta)
     row = json.load(open("out.json"))["amplification"]["value"][1]
     assert row["delta"] == pytest.approx(np.linalg.norm(delta)) and row["W0"] == pytest.approx(
@@ -350,7 +319,8 @@ def test_colours_run_over_the_scale_and_stop_at_its_ends():
 def test_a_condlora_checkpoint_has_one_conversion_matrix_in_every_layer(checkpoint, capsys):
     run(capsys, checkpoint("condlora"), "--json", "out.json")
     found = json.load(open("out.json"))["theta"]
-    theta = torch.load("condlora.pt", weights_only=True)["weights"]["layers.0.attention.value.conversion.theta_B"]
+    theta = torch.load("condlora.pt", weights_only=True)["weights"]
+    theta = theta["layers.0.attention.value.conversion.theta_B"]
     assert all(row["largest_deviation"] < 1e-9 for rows in found.values() for row in rows.values())
     assert found["value"]["B"]["singular_values"] == pytest.approx(
         np.linalg.svd(theta.double().numpy())[1].tolist()
@@ -370,10 +340,11 @@ def test_two_checkpoints_compare_in_either_order(checkpoint, capsys):
     assert {which: row["phi"] for which, row in found[2].items()} == pytest.approx(
         dict.fromkeys(("A", "B", "C_A", "C_B"), 1)
     )
-    # The control draws apart for the two sides: untrained ones are not the same, even through one W0.
+    # The control draws apart for the two sides: untrained ones differ, even through one W0.
     assert found[2]["C_A"]["control"][0] < 0.99 and found[2]["C_B"]["control"][0] < 0.99
     weights = torch.load(lora, weights_only=True)["weights"]
-    theta = torch.load(condlora, weights_only=True)["weights"]["layers.0.attention.query.conversion.theta_A"]
+    thetas = torch.load(condlora, weights_only=True)["weights"]
+    theta = thetas["layers.0.attention.query.conversion.theta_A"]
     model = torch.load(lora, weights_only=True)["encoder"]["path"]
     encoder = torch.load(f"{model}/pytorch_model.bin", weights_only=True)
     by_hand = [
@@ -390,7 +361,7 @@ def test_two_checkpoints_compare_in_either_order(checkpoint, capsys):
     ]
     assert found[0]["C_A"]["phi"] == pytest.approx(np.mean(by_hand))
     W0 = [encoder[f"bert.encoder.layer.{l}.attention.self.query.weight"].double() for l in range(2)]
-    theta_B = torch.load(condlora, weights_only=True)["weights"]["layers.0.attention.query.conversion.theta_B"]
+    theta_B = thetas["layers.0.attention.query.conversion.theta_B"]
     by_hand = [
         subspace_similarity(
             weights[f"layers.{l}.attention.query.B"].double(), W0[l] @ theta_B.T.double(), 3, 3

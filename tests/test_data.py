@@ -15,13 +15,14 @@ from data import download, glue, toy
 HEADERS = {
     "sst2": "sentence\tlabel",
     "mrpc": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
-    "stsb": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2\tscore",
+    "stsb": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\tsentence1\tsentence2"
+    "\tscore",
     "qqp": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
     "qnli": "index\tquestion\tsentence\tlabel",
     "rte": "index\tsentence1\tsentence2\tlabel",
     "wnli": "index\tsentence1\tsentence2\tlabel",
-    "mnli": "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\tsentence1_parse\tsentence2_parse"
-    "\tsentence1\tsentence2\tlabel1\tgold_label",
+    "mnli": "index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse"
+    "\tsentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\tgold_label",
 }
 ROWS = {
     "cola": ["x\t1\t\tIt snows."],
@@ -162,6 +163,14 @@ def test_metrics_are_scikit_learns_and_scipys():
         ("pearson", pytest.approx(0.966551357119323)),
         ("spearman", pytest.approx(0.9266445023146869)),
     ]
+
+
+def test_the_held_out_tenth_is_always_the_same_so_that_figures_compare():
+    whole = glue.Split([(str(i),) for i in range(30)], list(range(30)))
+    splits = glue.held_out(whole, "train.tsv")
+    assert splits["validation"].labels == [2, 11, 26]
+    assert splits["train"].labels == [i for i in range(30) if i not in (2, 11, 26)]
+    assert splits["validation"].texts == [("2",), ("11",), ("26",)]
 
 
 def test_undefined_metrics_are_zero():

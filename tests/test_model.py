@@ -160,7 +160,8 @@ def test_a_head_that_is_absent_or_has_other_classes_is_drawn_anew(
 ):
     folder = write_encoder(tmp_path / "m", model_type, state=hf_state(model_type, classifier))
     model = Transformer.from_pretrained(folder, n_out)
-    assert model.head.out_proj.weight.shape == (n_out, 8) and 0 < model.head.out_proj.weight.std() < 0.1
+    weight = model.head.out_proj.weight
+    assert weight.shape == (n_out, 8) and 0 < weight.std() < 0.1
     assert torch.equal(model.head.out_proj.bias, torch.zeros(n_out))
 
 

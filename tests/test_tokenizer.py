@@ -8,7 +8,8 @@ import pytest
 from data import tokenizer
 
 WORDPIECE = (
-    "[PAD] [UNK] [CLS] [SEP] [MASK] the a cafe caf\xe9 cat dog ##s ##ing run un ##affable ##aff ##able . , ! ' \" - $ \u4e2d \u6587 "
+    "[PAD] [UNK] [CLS] [SEP] [MASK] the a cafe caf\xe9 cat dog ##s ##ing run un ##affable ##aff "
+    "##able . , ! ' \" - $ \u4e2d \u6587 "
     "x ##x Cat Run naive i ##i \u0130 9 ##9"
 ).split()
 MERGES = [

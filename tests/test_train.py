@@ -35,22 +35,8 @@ def little(tmp_path, monkeypatch, bert_folder):
         for i in range(60)
     ]
     write_task(tmp_path / "glue", "sst2", sorted(set(rows)), dev=rows[:21])
-    return [
-        "--task",
-        "sst2",
-        "--init_from",
-        str(bert_folder),
-        "--data_dir",
-        str(tmp_path / "glue"),
-        "--device",
-        "cpu",
-        "--epochs",
-        "2",
-        "--rank",
-        "2",
-        "--lr",
-        "0.01",
-    ]
+    options = f"--task sst2 --init_from {bert_folder} --data_dir {tmp_path / 'glue'} --device cpu"
+    return f"{options} --epochs 2 --rank 2 --lr 0.01".split()
 
 
 def run(arguments, capsys):
@@ -91,12 +77,7 @@ def test_a_fresh_clone_pretrains_trains_and_reports(tmp_path):
 
 @pytest.mark.parametrize(
     "method, trained",
-    [
-        ("condlora", 2 * 2 * 2 * 8),
-        ("lora", 2 * 2 * 2 * 8 * 2),
-        ("head", 0),
-        ("full", 328 + 2 * 532),
-    ],
+    [("condlora", 2 * 2 * 16), ("lora", 2 * 2 * 16 * 2), ("head", 0), ("full", 328 + 2 * 532)],
 )
 def test_each_method_trains_what_it_says_and_no_more(little, capsys, method, trained):
     table, _ = run([*little, "--method", method], capsys)
@@ -353,7 +334,7 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
     )
     (moved / "train.tsv").write_text("text\tlabel\na\tx\nb\ty\n")
     (moved / "dev.tsv").unlink()
-    assert "was trained on the classes" in fails(
+    assert "on 1 texts a row and the classes bad, good, " in fails(
         ["--eval_only", "ckpt.pt", "--task", "moved"], capsys
     )
 
@@ -407,10 +388,8 @@ def test_an_exported_adapter_has_pefts_names_and_the_checkpoints_update(
         if kind == "bert"
         else ["classifier.dense", "classifier.out_proj"]
     )
-    assert settings["target_modules"] == modules and (settings["r"], settings["lora_alpha"]) == (
-        2,
-        8,
-    )
+    assert settings["target_modules"] == modules
+    assert (settings["r"], settings["lora_alpha"]) == (2, 8)
     assert sorted(tensors) == sorted(
         [f"base_model.model.{m}.lora_{x}.weight" for m in modules for x in "AB"]
         + [f"base_model.model.{m}.{x}" for m in head for x in ("weight", "bias")]
@@ -504,7 +483,7 @@ def no_dropout(bert_folder):
     write_encoder(bert_folder, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
 
 
-def by_hand(folder, splits, method, epochs, batch_size, lr, clip, decay, warmup, order):
+def by_hand(folder, splits, method, order, epochs, batch_size, lr, clip, decay, warmup):
     """AdamW, clipping and the schedule written out, on the formulas' own adapter.
 
     Returns the trained weights and each epoch's mean loss."""
@@ -542,9 +521,8 @@ def by_hand(folder, splits, method, epochs, batch_size, lr, clip, decay, warmup,
                 m[name] = 0.9 * m[name] + 0.1 * g
                 v[name] = 0.999 * v[name] + 0.001 * g * g
                 root = (v[name] / (1 - 0.999**t)).sqrt() + 1e-8
-                weights[name] = (
-                    weights[name] * (1 - rate * decay) - rate * m[name] / (1 - 0.9**t) / root
-                )
+                step = rate * m[name] / (1 - 0.9**t) / root
+                weights[name] = weights[name] * (1 - rate * decay) - step
             with torch.no_grad():
                 for name, p in model.named_parameters():
                     if p.requires_grad:
@@ -558,27 +536,16 @@ def test_training_is_adamw_with_clipping_decay_and_schedule_as_written_out(
     little, capsys, tmp_path, bert_folder, method, clip
 ):
     no_dropout(bert_folder)
-    run(
-        [*little, "--method", method, "--grad_clip", clip, "--weight_decay", 0.3, "--warmup", 0.3],
-        capsys,
-    )
+    options = f"--method {method} --grad_clip {clip} --weight_decay 0.3 --warmup 0.3"
+    run([*little, *options.split()], capsys)
     checkpoint = torch.load("ckpt.pt", weights_only=True)
     last = checkpoint["last"]
     split = glue.load("sst2", tmp_path / "glue")["train"]
     tok = tokenizer.load(bert_folder)
     lengths = np.array([len(tok.encode(*text)[0]) for text in split.texts])
-    expected, losses = by_hand(
-        bert_folder,
-        split,
-        method,
-        2,
-        16,
-        0.01,
-        clip,
-        0.3,
-        0.3,
-        lambda epoch: shuffled(lengths, 16, [0, epoch]),
-    )
+    order = lambda epoch: shuffled(lengths, 16, [0, epoch])
+    settings = dict(epochs=2, batch_size=16, lr=0.01, clip=clip, decay=0.3, warmup=0.3)
+    expected, losses = by_hand(bert_folder, split, method, order, **settings)
     assert [epoch["loss"] for epoch in checkpoint["history"]] == pytest.approx(losses, abs=1e-4)
     assert last.keys() == expected.keys()
     for name, weight in expected.items():
@@ -660,23 +627,8 @@ def test_replayed_steps_are_the_plain_loops(little, capsys, bert_folder, method,
     no_dropout(bert_folder)
     runs = []
     for more in (["--no_graphs"], []):
-        run(
-            [
-                *little,
-                "--device",
-                "cuda",
-                "--epochs",
-                "4",
-                "--method",
-                method,
-                "--dtype",
-                dtype,
-                "--grad_clip",
-                "0.05",
-                *more,
-            ],
-            capsys,
-        )
+        options = f"--device cuda --epochs 4 --method {method} --dtype {dtype} --grad_clip 0.05"
+        run([*little, *options.split(), *more], capsys)
         runs.append(torch.load("ckpt.pt", weights_only=True))
     plain, graph = runs
     assert [e["loss"] for e in graph["history"]] == pytest.approx(
