@@ -25,8 +25,7 @@ import torch.nn.functional as F
 
 def convert(W0, theta_A, theta_B):
     """CondLoRA's A (r, d_in) and B (d_out, r) from W0 (d_out, d_in); also from a stack of W0."""
-    # The paper's W0 is square, and A is W0 theta_A^T as it stands. A rectangular W0 has to be
-    # transposed, or A would not have d_in columns.
+    # Square, as the paper's: W0 theta_A^T. Rectangular: W0^T theta_A^T, so that A has d_in columns.
     square = W0.shape[-2] == W0.shape[-1]
     A = ((W0 if square else W0.mT) @ theta_A.T).mT
     B = W0 @ theta_B.T
@@ -104,7 +103,7 @@ class CondLoRALinear(AdaptedLinear):
         if is_first:
             self.conversion = conversion
         else:
-            # A plain attribute, no submodule: else a state dict would hold it for each layer.
+            # Not a submodule: else a state dict would repeat it for each layer.
             object.__setattr__(self, "conversion", conversion)
 
     def factors(self):
@@ -144,7 +143,10 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
 
 @torch.no_grad()
 def merge(model):
-    """Let forward use W0 + dW, summed once and kept beside W0: no adapter arithmetic is left."""
+    """Let forward use W0 + dW, summed once and kept beside W0: no adapter arithmetic is left.
+
+    Until unmerge the adapter gets no gradient.
+    """
     for layer in adapted_layers(model):
         layer.merged = (layer.weight + layer.delta()).to(layer.weight.dtype)
     return model
@@ -203,14 +205,16 @@ def save_adapter(model, file):
 def load_adapter(model, file):
     """Read what save_adapter or train.py wrote into `model`, which is adapted first if need be.
 
-    Raises ValueError where the file holds no adapter, where the model's has another method, target,
-    rank or alpha, or where a tensor is missing, unexpected or of another shape.
+    A merged model is merged anew. Raises ValueError where the file holds no adapter, where the
+    model's has another method, target, rank or alpha, or where a tensor is missing, unexpected or
+    of another shape.
     """
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         names = "method", "targets", "rank", "alpha"
         settings = {name: saved["settings"][name] for name in names}
-        weights = {name: tensor for name, tensor in saved["weights"].items()  # not a head's
+        # train.py's file holds the head, too.
+        weights = {name: tensor for name, tensor in saved["weights"].items()
                    if name.rpartition(".")[2] in ("A", "B", "theta_A", "theta_B")
                    and torch.is_tensor(tensor)}
     except (LookupError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError, EOFError):
@@ -250,7 +254,7 @@ def copy_tensors(given, parameters, file):
 def adapter_tensors(model):
     """{name: parameter} of the adapter, each theta once."""
     adapter = {p for module in model.modules() if isinstance(module, (LoRALinear, Conversion))
-               for name, p in module.named_parameters() if name not in ("weight", "bias")}
+               for name, p in module.named_parameters() if name not in ("weight", "bias")}  # W0, b
     return {name: p for name, p in model.named_parameters() if p in adapter}
 
 

@@ -43,7 +43,7 @@ DATA = Path(__file__).resolve().parent / "data"
 # Several processes under torchrun share out each batch; number 0 prints and writes.
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 IS_MASTER = PROCESS == 0
-NO_BAR = None if IS_MASTER else True  # for tqdm, to whom None means: where there is no terminal
+NO_BAR = None if IS_MASTER else True  # tqdm: True hides the bar, None only where no terminal is
 
 # Defaults, chosen on the validation sets of the toy tasks and of GLUE.
 LEARNING_RATE = {
@@ -97,7 +97,7 @@ def train(model, forward, data, metrics, args, checkpoint):
 
         figures = evaluate(model, forward, data["validation"], metrics, args.batch_size)
         history.append({"epoch": epoch, "loss": loss, "seconds": seconds, "validation": figures})
-        checkpoint.update(checkpoints.pack_state(model, optimizer))
+        checkpoint.update(checkpoints.pack_state(model, optimizer))  # "last", "optimizer"
         is_best = best_of(history)["epoch"] == epoch
         if is_best:
             checkpoint.update(best_epoch=epoch, weights=checkpoint["last"])
@@ -113,8 +113,8 @@ def train(model, forward, data, metrics, args, checkpoint):
     bar.close()
     constant = constant_loss(split.labels.cpu())
     if IS_MASTER and history[-1]["loss"] > 0.98 * constant:
-        print(f"the last training loss, {history[-1]['loss']:.3f}, is no better than a constant "
-              f"answer's, {constant:.3f}: try --lr lower than {args.lr:g}")
+        print(f"the last training loss, {history[-1]['loss']:.3f}, is hardly better than a "
+              f"constant answer's, {constant:.3f}: try --lr lower than {args.lr:g}")
 
 
 def make_step(forward, split, optimizer, grad_clip):
@@ -182,7 +182,7 @@ def evaluate(model, forward, split, metrics, batch_size):
 
 @torch.inference_mode()
 def outputs_of(model, forward, split, batch_size):
-    """(n, n_out) on the CPU. The processes share out the batches, 8 times the training ones."""
+    """(n, n_out) on the CPU. The processes share out the batches, each of 8 * batch_size rows."""
     model.eval()
     outputs = torch.zeros(len(split.labels), model.config.n_out, device=split.labels.device)
     for rows, *form in split.batches(by_width(split.widths, 8 * batch_size))[PROCESS::PROCESSES]:
@@ -282,7 +282,7 @@ def pretrain(config, tok, steps, device, batch_size=64, lr=3e-3, masked=0.2):
         is_word = (input_ids != tok.pad_id) & (input_ids != tok.cls_id) & (input_ids != tok.sep_id)
         hidden = (torch.rand(input_ids.shape, device=device) < masked) & is_word
         states = model.encode(input_ids.masked_fill(hidden, tok.mask_id), token_type_ids, mask)
-        logits = F.linear(states[hidden], model.embeddings.word.weight)  # a word's is its input's
+        logits = F.linear(states[hidden], model.embeddings.word.weight)  # inputs' and outputs'
         loss = F.cross_entropy(logits, input_ids[hidden])
         set_learning_rate(optimizer, lr * schedule(step, steps, 0.1))
         optimizer.zero_grad()
