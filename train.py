@@ -310,11 +310,13 @@ def run(argv):
 
 def train_and_report(args, checkpoint, device):
     """Train, but for --eval_only; print the table of figures and write it to the checkpoint."""
-    splits, classes, metrics = load_task(args)
+    file = args.resume or args.eval_only
+    with checkpoints.naming(file):
+        splits, classes, metrics = load_task(args)
     n_texts = len(splits["train"].texts[0])
     if checkpoint and (checkpoint["classes"], checkpoint["n_texts"]) != (list(classes), n_texts):
         kind = lambda n, names: f"{n} texts a row and the classes {', '.join(names) or 'none':.60}"
-        raise ValueError(f"{args.resume or args.eval_only} was trained on "
+        raise ValueError(f"{file} was trained on "
                          f"{kind(checkpoint['n_texts'], checkpoint['classes'])}, "
                          f"{args.task} has {kind(n_texts, classes)}")
     folder, model = load_model(args, checkpoint, len(classes) or 1, device)
