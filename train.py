@@ -298,7 +298,8 @@ def pretrain(config, tok, steps, device, batch_size=64, lr=3e-3, masked=0.2):
 def run(argv):
     args, checkpoint = arguments(argv)
     device = pick_device(args.device)
-    complete(args, device)
+    with checkpoints.naming(args.resume or args.eval_only):
+        complete(args, device)
     be_deterministic(device)
     if PROCESSES > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -567,7 +568,7 @@ def complete(args, device):
         raise ValueError(f"--regression is for your own data, --task is {args.task}")
     for target in args.targets:
         if target.rpartition(".")[2] not in TARGETS:
-            raise ValueError(f"--targets {target} names no linear layer of the encoder: "
+            raise ValueError(f"--targets {target:.40} names no linear layer of the encoder: "
                              f"use {', '.join(TARGETS)}")
     if IS_MASTER and not args.eval_only:
         folders = [Path(args.task)]

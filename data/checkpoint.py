@@ -92,11 +92,11 @@ def load(file):
 
 @contextmanager
 def naming(file):
-    """A ValueError in this block begins with the checkpoint's file, if there is one."""
+    """An error in this block begins with the checkpoint's file, if there is one."""
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{file}: {error}" if file else str(error)) from None
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{file}: {error}" if file else str(error)) from None
 
 
 def sha256(folder):
