@@ -14,11 +14,8 @@ CondLoRA: every layer has the same conversion matrices, the thetas. The question
           alike are A and B, made by one theta from different W0? The control is untrained thetas.
 """
 
-import argparse
 import json
 import math
-import os
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +25,7 @@ from tqdm import tqdm
 from condlora import AdaptedLinear, convert, load_adapter
 from data import checkpoint as checkpoints
 from data import peft_format
+from data.command import check_writable, naming, one_line, parser_of, write
 from model import Transformer
 
 DRAWS = 10  # of each random baseline
@@ -334,24 +332,26 @@ def colour(value, low, high, scale):
 
 
 def svg(table, title, numbers):
-    """A self-contained picture: for each matrix three maps, layer by layer, of trained, control and
-    their difference. The colours span the cells shown, from the random baseline up; the diagonal,
-    1 by definition, is blank. numbers: the layers'."""
-    maps = {}  # name: [trained, control, difference], (L, L) each
-    for name, row in flat(table):
-        trained, control = torch.tensor(row["map"]), torch.tensor(row["control_map"])
-        maps[name] = [trained, control, trained - control]
+    """A self-contained picture: for each matrix the maps of trained, control and their difference.
+
+    The colours span the cells shown, from the random baseline up; the diagonal, 1 by definition, is
+    blank. numbers: the layers'.
+    """
+    names, rows = zip(*flat(table))
     L = len(numbers)
-    shown = ~torch.eye(L, dtype=torch.bool)
-    low = min(row["random"][0] for _, row in flat(table))
-    high = max(low + 1e-6, *(x[shown].max().item() for three in maps.values() for x in three[:2]))
-    most = max(three[2][shown].abs().max().item() for three in maps.values()) + 1e-6
-    scales = [(low, high, VIRIDIS), (low, high, VIRIDIS), (-most, most, BLUE_WHITE_RED)]
+    maps = torch.tensor([[row["map"], row["control_map"]] for row in rows])
+    maps = torch.cat([maps, maps[:, :1] - maps[:, 1:]], 1)  # (matrices, 3, L, L)
+    shown = maps[:, :, ~torch.eye(L, dtype=torch.bool)]
+    low = min(row["random"][0] for row in rows)
+    high = max(low + 1e-6, shown[:, :2].max().item())
+    most = shown[:, 2].abs().max().item() + 1e-6
+    columns = [("trained", low, high, VIRIDIS), ("control", low, high, VIRIDIS),
+               ("trained \u2212 control", -most, most, BLUE_WHITE_RED)]
 
     cell = max(14, 168 // L)
     side, left, top = L * cell, 100, 96
-    column, row_height = max(side, 168) + 40, side + 44
-    width, height = left + 3 * column, top + len(maps) * row_height + 50
+    column, row = max(side, 168) + 40, side + 44
+    width, height = left + 3 * column, top + len(names) * row + 50
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" role="img" font-family="system-ui, sans-serif">',
@@ -368,37 +368,34 @@ def svg(table, title, numbers):
         parts.append(f'<rect x="{x}" y="{y}" width="{width}" height="{height}" '
                      f'fill="{fill}">{inside}</rect>')
 
-    def draw_map(x, y, name, values, bottom, end, scale):
-        for a in range(L):
-            write(x - 5, y + (a + 0.7) * cell, numbers[a], 9, "end")
-            write(x + (a + 0.5) * cell, y + side + 12, numbers[a], 9, "middle")
-            for b in set(range(L)) - {a}:
-                value = values[a, b].item()
-                box(x + b * cell, y + a * cell, cell - 1, cell - 1,
-                    colour(value, bottom, end, scale),
-                    f"<title>{name}, layers {numbers[a]} and {numbers[b]}: {value:.4f}</title>")
-
     write(16, 28, title, 16)
     write(16, 50, f"\u03c6 of every two layers; control: the mean of {DRAWS} untrained draws "
                   f"through the same W0")
-    for number, (name, three) in enumerate(maps.items()):
-        y = top + number * row_height
-        write(16, y + side / 2, name, 14)
-        for k, values in enumerate(three):
-            draw_map(left + k * column, y, name, values, *scales[k])
-    for k, (bottom, end, scale) in enumerate(scales):
-        x, y = left + k * column, height - 40
-        write(x, top - 18, ("trained", "control", "trained \u2212 control")[k], 14)
+    for n, name in enumerate(names):
+        write(16, top + n * row + side / 2, name, 14)
+    for k, (heading, bottom, end, scale) in enumerate(columns):
+        x = left + k * column
+        write(x, top - 18, heading, 14)
+        for n, name in enumerate(names):
+            y = top + n * row
+            for a in range(L):
+                write(x - 5, y + (a + 0.7) * cell, numbers[a], 9, "end")
+                write(x + (a + 0.5) * cell, y + side + 12, numbers[a], 9, "middle")
+                for b in set(range(L)) - {a}:
+                    value = maps[n, k, a, b].item()
+                    box(x + b * cell, y + a * cell, cell - 1, cell - 1,
+                        colour(value, bottom, end, scale),
+                        f"<title>{name}, layers {numbers[a]} and {numbers[b]}: {value:.4f}</title>")
         for step in range(84):
-            box(x + 2 * step, y, 2.5, 10, colour(step, 0, 83, scale))
-        write(x, y + 24, f"{bottom:.3f}" + " (random)" * (k < 2), 11)
-        write(x + 168, y + 24, f"{end:.3f}", 11, "end")
+            box(x + 2 * step, height - 40, 2.5, 10, colour(step, 0, 83, scale))
+        write(x, height - 16, f"{bottom:.3f}" + " (random)" * (k < 2), 11)
+        write(x + 168, height - 16, f"{end:.3f}", 11, "end")
     return "\n".join([*parts, "</svg>"])
 
 
 # The tables --------------------------------------------------------------------------------------
 
-def print_tables(result, method, compared_file):
+def print_tables(result, what, compared_file):
     show(["condition number of W0", *result["layers"]],
          [[target, *(f"{value:.1e}" + (" *" if l in result["least_squares"][target] else "")
                      for l, value in enumerate(row))]
@@ -410,19 +407,18 @@ def print_tables(result, method, compared_file):
         show(["", "between the two", "control (untrained)", "random"],
              [[name, f"{row['phi']:.4f}", plus_minus(row.get("control")), plus_minus(row["random"])]
               for name, row in flat(result["compare"])])
-    if method == "condlora":
+    if "theta" in result:
         print("C_A and C_B of every layer against the one theta they share")
         show(["", "largest deviation", "theta's singular values"],
              [[name, f"{row['largest_deviation']:.1e}",
                " ".join(f"{value:.3g}" for value in row["singular_values"])]
               for name, row in flat(result["theta"])])
-    what = "conversion matrices" if method == "lora" else "A and B, made by one theta"
     print(f"{what}: mean phi over pairs of layers")
     rows = [["", "trained", "control (untrained)", "distance", "random", "A, B themselves"]]
     for name, row in flat(result["likeness"]):
         rows.append([name, f"{row['trained']:.4f}", plus_minus(row["control"]),
                      f"{row['distance']:+.1f} sd", plus_minus(row["random"]), f"{row['raw']:.4f}"])
-    if method == "condlora":  # there the last column is the first
+    if "theta" in result:  # there the last column is the first
         rows = [row[:-1] for row in rows]
     show(rows[0], rows[1:])
     print(verdict(result["likeness"]) + "\n")
@@ -468,27 +464,29 @@ def plus_minus(pair):
 
 def read(file, init_from, device):
     """(task, method, {target: its Layers}) of a checkpoint, or of a folder that PEFT wrote."""
-    task, method, adapted = (read_peft if file.is_dir() else read_checkpoint)(file, init_from)
-    targets = {}
-    for name, W0, A, B, scale, thetas in tqdm(adapted, "factorizing W0", leave=False, delay=1,
-                                              disable=None):
-        W0, A, B, *thetas = (x.double().to(device) for x in (W0, A, B, *thetas))
-        for what, x in (("W0", W0), ("A", A), ("B", B)):
-            if not x.isfinite().all() or not x.any():
-                reason = "zero, as before training" if x.isfinite().all() else "not finite"
-                raise ValueError(f"{file}: the {what} of {name} is {reason}: it has no subspace "
-                                 f"to compare")
-        layer = Layer(name.split(".")[1], W0, A, B, scale, tuple(thetas), Solver(W0))
-        targets.setdefault(name.rpartition(".")[2], []).append(layer)
-    numbers = {tuple(layer.number for layer in layers) for layers in targets.values()}
-    if len(numbers) != 1 or len(numbers.pop()) < 2:
-        raise ValueError(f"{file} has {describe(targets)}: there are no pairs to compare, unless "
-                         f"each target is in the same layers, two or more")
-    for target, layers in targets.items():
-        if any(not torch.equal(a, b) for layer in layers
-               for a, b in zip(layer.thetas, layers[0].thetas)):
-            raise ValueError(f"{file}: layers named {target} have different thetas: adapt them "
-                             f"under one target")
+    if not file.exists():
+        raise FileNotFoundError(f"no checkpoint {file}: python train.py writes one")
+    with naming(file):
+        task, method, adapted = (read_peft if file.is_dir() else read_checkpoint)(file, init_from)
+        targets = {}
+        for name, W0, A, B, scale, thetas in tqdm(adapted, "factorizing W0", leave=False, delay=1,
+                                                  disable=None):
+            W0, A, B, *thetas = (x.double().to(device) for x in (W0, A, B, *thetas))
+            for what, x in (("W0", W0), ("A", A), ("B", B)):
+                if not x.isfinite().all() or not x.any():
+                    raise ValueError(f"the {what} of {name} is not finite or zero, as before "
+                                     f"training: it has no subspace to compare")
+            layer = Layer(name.split(".")[1], W0, A, B, scale, tuple(thetas), Solver(W0))
+            targets.setdefault(name.rpartition(".")[2], []).append(layer)
+        numbers = {tuple(layer.number for layer in layers) for layers in targets.values()}
+        if len(numbers) != 1 or len(numbers.pop()) < 2:
+            raise ValueError(f"there are no pairs to compare, unless each target is in the same "
+                             f"layers, two or more; it has {describe(targets)}")
+        for target, layers in targets.items():
+            if any(not torch.equal(a, b) for layer in layers
+                   for a, b in zip(layer.thetas, layers[0].thetas)):
+                raise ValueError(f"layers named {target} have different thetas: adapt them under "
+                                 f"one target")
     return task, method, targets
 
 
@@ -496,9 +494,9 @@ def read_checkpoint(file, init_from):
     checkpoint = checkpoints.load(file)
     method = checkpoint["settings"]["method"]
     if method not in ("lora", "condlora"):
-        raise ValueError(f"{file} was trained with --method {method:.20}, which has no "
-                         f"A and B: train one with --method lora or condlora")
-    model = Transformer.from_pretrained(checkpoints.find_encoder(checkpoint, file, init_from))
+        raise ValueError(f"--method {method:.20} has no A and B: train one with --method lora or "
+                         f"condlora")
+    model = Transformer.from_pretrained(checkpoints.find_encoder(checkpoint, init_from))
     load_adapter(model, file).double()
     adapted = []
     for name, layer in model.named_modules():
@@ -511,54 +509,49 @@ def read_checkpoint(file, init_from):
 
 def read_peft(folder, init_from):
     if not init_from:
-        raise ValueError(f"{folder} is an adapter alone: say where its encoder is with --init_from")
+        raise ValueError("it is an adapter alone: say where its encoder is with --init_from")
     model = Transformer.from_pretrained(init_from)
     adapted = [(name, model.get_submodule(name).weight, *factors, ())
                for name, factors in peft_format.read(folder, model).items()
                if name.startswith("layers.")]  # a head has no second layer to compare
     if not adapted:
-        raise ValueError(f"{folder} adapts no layer of the encoder")
+        raise ValueError("it adapts no layer of the encoder")
     return folder.resolve().name, "lora", adapted
 
 
-def run(args):
+def run(argv):
+    args = make_parser().parse_args(argv)
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     if args.device not in devices:
         raise ValueError(f"--device {args.device} is not there: use {' or '.join(devices)}")
-    if not args.checkpoint.exists():
-        raise FileNotFoundError(f"no checkpoint {args.checkpoint}: python train.py writes one")
     picture = args.svg or args.checkpoint.with_suffix(".svg")
-    if args.checkpoint.is_dir() and not args.svg:
-        picture = Path(f"{args.checkpoint.resolve()}.svg")
     inputs = [file for file in (args.checkpoint, args.compare) if file]
-    checkpoints.check_writable(picture, "--svg", inputs)
+    check_writable(picture, "--svg", inputs)
     if args.json:
-        checkpoints.check_writable(args.json, "--json", [*inputs, picture])
+        check_writable(args.json, "--json", [*inputs, picture])
     task, method, targets = read(args.checkpoint, args.init_from, args.device)
-    rank = min(rank_of(layer) for layers in targets.values() for layer in layers)
-    i, j = (rank if k is None else k for k in (args.i, args.j))
-    for name, k in (("--i", i), ("--j", j)):
-        if not 1 <= k <= rank:
-            raise ValueError(f"{name} is {k}: A and B of rank {rank} have 1 to {rank} singular "
-                             f"vectors")
     others = None
     if args.compare:
         _, _, others = read(args.compare, args.init_from, args.device)
         if describe(targets) != describe(others):
             raise ValueError(f"{args.checkpoint} and {args.compare} are of different shapes: "
                              f"{describe(targets)}, and {describe(others)}")
-    title = (f"{task}, {method} rank {rank}, phi with i = {i}, j = {j}, "
-             f"{args.side} singular vectors")
+    rank = min(rank_of(layer) for layers in targets.values() for layer in layers)
+    i, j = (rank if k is None else k for k in (args.i, args.j))
+    if not (1 <= i <= rank and 1 <= j <= rank):
+        raise ValueError(f"--i {i} --j {j}: A and B of rank {rank} have 1 to {rank} singular "
+                         f"vectors")
     result = analyze(targets, others, i, j, args.side)
-    what = "conversion matrices: " if method == "lora" else "A and B: "
-    drawn = svg(result["likeness"], what + title.replace("phi", "\u03c6"), result["layers"])
-    checkpoints.write(picture, drawn.encode())
+    what = "conversion matrices" if method == "lora" else "A and B, made by one theta"
+    title = f"{task}, {method} rank {rank}, \u03c6 with i = {i}, j = {j}, {args.side} vectors"
+    drawn = svg(result["likeness"], f"{what}: {title}", result["layers"])
+    write(picture, drawn.encode())
     if args.json:
-        settings = {"checkpoint": str(args.checkpoint), "task": task,
-                    "method": method, "i": i, "j": j, "side": args.side}
-        checkpoints.write(args.json, (json.dumps(settings | result, indent=1) + "\n").encode())
+        settings = {"checkpoint": str(args.checkpoint), "task": task, "method": method, "i": i,
+                    "j": j, "side": args.side}
+        write(args.json, (json.dumps(settings | result, indent=1) + "\n").encode())
     print(title + "\n")
-    print_tables(result, method, args.compare)
+    print_tables(result, what, args.compare)
     print(f"picture: {picture}")
 
 
@@ -569,10 +562,8 @@ def describe(targets):
         for target, layers in targets.items())
 
 
-def main(argv=None):
-    intro, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(description=intro, epilog=rest,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_parser():
+    parser = parser_of(__doc__)
     add = parser.add_argument
     add("checkpoint", type=Path, help="a checkpoint of train.py --method lora or condlora, or a "
         "folder with a LoRA adapter that PEFT wrote")
@@ -585,22 +576,12 @@ def main(argv=None):
     add("--svg", type=Path, help="where the picture goes; default beside the checkpoint")
     add("--init_from", help="folder of the encoder, if it has moved")
     add("--device", default="cpu", help="cpu (the default) or cuda; in float64 either way")
-    parser.error = lambda message: sys.exit(fail(message))
-    try:
-        with torch.no_grad():
-            run(parser.parse_args(argv))
-    except BrokenPipeError:  # whoever read the output has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        sys.exit(fail(error))
-    except KeyboardInterrupt:
-        sys.exit(fail("stopped"))
+    return parser
 
 
-def fail(message):
-    message = " ".join(str(message).split())  # one line
-    print(f"analyze.py: error: {message}", file=sys.stderr)
-    return 2
+def main(argv=None):
+    with one_line("analyze.py"), torch.no_grad():
+        run(argv)
 
 
 if __name__ == "__main__":

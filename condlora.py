@@ -49,14 +49,14 @@ class Conversion(nn.Module):
 class AdaptedLinear(nn.Module):
     """y = x W0^T + b + s (x A^T) B^T, with the weight W0 (d_out, d_in) and bias b of an nn.Linear.
 
-    The two methods differ in where factors() takes A and B from.
+    The two methods differ in where factors() takes A and B from. settings: a dict of adapt's method,
+    targets, rank and alpha.
     """
 
-    def __init__(self, weight, bias, rank, alpha):
+    def __init__(self, weight, bias, settings):
         super().__init__()
-        self.weight, self.bias = weight, bias
-        self.rank, self.alpha = rank, alpha
-        self.scale = alpha / rank
+        self.weight, self.bias, self.settings = weight, bias, settings
+        self.scale = settings["alpha"] / settings["rank"]
         # W0 + dW while the layer is merged. It is not saved in the state dict.
         self.register_buffer("merged", None, persistent=False)
 
@@ -73,17 +73,13 @@ class AdaptedLinear(nn.Module):
         wide = torch.promote_types(A.dtype, torch.float32)
         return self.scale * B.to(wide) @ A.to(wide)
 
-    def extra_repr(self):
-        d_out, d_in = self.weight.shape
-        return f"in_features={d_in}, out_features={d_out}, rank={self.rank}, alpha={self.alpha}"
-
 
 class LoRALinear(AdaptedLinear):
     """Owns A (r, d_in) and B (d_out, r). B starts at zero, so that dW does."""
 
-    def __init__(self, weight, bias, rank, alpha):
-        super().__init__(weight, bias, rank, alpha)
-        d_out, d_in = weight.shape
+    def __init__(self, weight, bias, settings):
+        super().__init__(weight, bias, settings)
+        (d_out, d_in), rank = weight.shape, settings["rank"]
         self.A = nn.Parameter(torch.empty(rank, d_in, device=weight.device))
         self.B = nn.Parameter(torch.zeros(d_out, rank, device=weight.device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
@@ -98,8 +94,8 @@ class CondLoRALinear(AdaptedLinear):
     Many layers have the same Conversion; the first of them registers it as its submodule.
     """
 
-    def __init__(self, weight, bias, rank, alpha, conversion, is_first):
-        super().__init__(weight, bias, rank, alpha)
+    def __init__(self, weight, bias, settings, conversion, is_first):
+        super().__init__(weight, bias, settings)
         if is_first:
             self.conversion = conversion
         else:
@@ -119,15 +115,15 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
     rank    from 1 to min(d_in, d_out); alpha: dW is scaled by alpha / rank.
 
     Returns the model; the caller unfreezes what else shall train (its head). Adapters are float32.
-    Raises ValueError, with the model untouched, where it is adapted already, a target names no
-    nn.Linear or one that cannot be adapted, or an argument does not fit.
+    Raises ValueError, with the model untouched, where an argument or the model does not fit.
     """
-    targets = (targets,) if isinstance(targets, str) else tuple(targets)
+    targets = [targets] if isinstance(targets, str) else list(targets)
     linears = find_linears(model, method, targets, rank, alpha)
     model.requires_grad_(False)
+    settings = dict(method=method, targets=targets, rank=rank, alpha=alpha)
     conversions, adapted = {}, {}
     for name, linear in linears.items():
-        arguments = linear.weight, linear.bias, rank, alpha
+        arguments = linear.weight, linear.bias, settings
         if method == "lora":
             adapted[linear] = LoRALinear(*arguments)
         else:
@@ -137,7 +133,6 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
                 conversions[key] = Conversion(linear.weight, rank)
             adapted[linear] = CondLoRALinear(*arguments, conversions[key], is_first)
     replace(model, adapted)
-    model.adapter_settings = dict(method=method, targets=list(targets), rank=rank, alpha=alpha)
     return model
 
 
@@ -163,14 +158,10 @@ def merge_and_unload(model):
     """Turn each adapted layer, in place, into a plain nn.Linear that holds W0 + dW."""
     plain = {}
     for layer in adapted_layers(merge(model)):
-        d_out, d_in = layer.weight.shape
-        linear = nn.Linear(d_in, d_out, bias=layer.bias is not None, device="meta")
-        linear.weight = nn.Parameter(layer.merged, requires_grad=False)
-        linear.bias = layer.bias
-        plain[layer] = linear
+        plain[layer] = nn.Linear(*layer.weight.T.shape, bias=False, device="meta")
+        plain[layer].weight = nn.Parameter(layer.merged, requires_grad=False)
+        plain[layer].bias = layer.bias
     replace(model, plain)
-    for part in model.modules():
-        vars(part).pop("adapter_settings", None)
     return model
 
 
@@ -182,32 +173,28 @@ def to_lora(model):
     turned = {}
     for layer in adapted_layers(model):
         if isinstance(layer, CondLoRALinear):
-            lora = LoRALinear(layer.weight, layer.bias, layer.rank, layer.alpha)
+            lora = LoRALinear(layer.weight, layer.bias, layer.settings | {"method": "lora"})
             A, B = layer.factors()
             lora.A.data, lora.B.data = A.detach().contiguous(), B.detach().contiguous()
             lora.merged = layer.merged
             turned[layer] = lora
     replace(model, turned)
-    for part in model.modules():
-        if hasattr(part, "adapter_settings"):
-            part.adapter_settings = part.adapter_settings | {"method": "lora"}
     return model
 
 
 def save_adapter(model, file):
     """Write the adapter's tensors, each theta once, and the settings that `adapt` was given."""
-    if not hasattr(model, "adapter_settings"):
+    if not adapted_layers(model):
         raise ValueError("the model is not adapted: there is nothing to save")
     weights = {name: p.detach().cpu().clone() for name, p in adapter_tensors(model).items()}
-    torch.save({"settings": model.adapter_settings, "weights": weights}, file)
+    torch.save({"settings": adapted_layers(model)[0].settings, "weights": weights}, file)
 
 
 def load_adapter(model, file):
     """Read what save_adapter or train.py wrote into `model`, which is adapted first if need be.
 
-    A merged model is merged anew. Raises ValueError where the file holds no adapter, where the
-    model's has another method, target, rank or alpha, or where a tensor is missing, unexpected or
-    of another shape.
+    Raises ValueError where the file holds no adapter, where the model's has another method, target,
+    rank or alpha, or where a tensor is missing, unexpected or of another shape.
     """
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
@@ -215,47 +202,35 @@ def load_adapter(model, file):
         settings = {name: saved["settings"][name] for name in names}
         # train.py's file holds the head, too.
         weights = {name: tensor for name, tensor in saved["weights"].items()
-                   if name.rpartition(".")[2] in ("A", "B", "theta_A", "theta_B")
-                   and torch.is_tensor(tensor)}
-    except (LookupError, TypeError, AttributeError, RuntimeError, pickle.UnpicklingError, EOFError):
-        raise ValueError(f"{file} holds no adapter: save_adapter writes one") from None
-    if not hasattr(model, "adapter_settings"):
-        try:
+                   if name.rpartition(".")[2] in ("A", "B", "theta_A", "theta_B")}
+        if not adapted_layers(model):
             adapt(model, **settings)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{file}: {error}") from None
-    for name, value in settings.items():
-        if value != model.adapter_settings[name]:
-            raise ValueError(f"{file}: {name} is {value}, in the model "
-                             f"{model.adapter_settings[name]}")
-    copy_tensors(weights, adapter_tensors(model), file)
-    if any(layer.merged is not None for layer in adapted_layers(model)):
-        merge(model)  # anew
-    return model
+        for name, own in adapted_layers(model)[0].settings.items():
+            if settings[name] != own:
+                raise ValueError(f"{name} is {settings[name]}, in the model {own}")
+        copy_tensors(weights, adapter_tensors(model))
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, EOFError,
+            pickle.UnpicklingError) as error:
+        raise ValueError(f"{file} holds no adapter of this model: {str(error)[:150]}") from None
+    return merge(model) if adapted_layers(model)[0].merged is not None else model
 
 
-def copy_tensors(given, parameters, file):
-    """Copy what `file` has into {name: parameter}; ValueError where names or shapes differ."""
-    def form(tensors, name):
-        if name not in tensors:
-            return "not there"
-        tensor = tensors[name]
-        is_plain = tensor.is_floating_point() and tensor.layout == torch.strided
-        return str(tuple(tensor.shape)) if is_plain and not tensor.is_meta else "of another kind"
-
+def copy_tensors(given, parameters):
+    """Copy {name: tensor} into {name: parameter}. Raises ValueError where names or shapes differ."""
     for name in sorted(parameters.keys() | given.keys()):
-        if form(given, name) != form(parameters, name):
-            raise ValueError(f"{file}: {name[:60]} is {form(given, name)[:60]}, "
-                             f"in the model {form(parameters, name)}")
+        shape, expected = (tuple(tensors[name].shape) if name in tensors else "not there"
+                           for tensors in (given, parameters))
+        if shape != expected:
+            raise ValueError(f"{name:.60} is {shape}, in the model {expected}")
     for name, parameter in parameters.items():
         parameter.data.copy_(given[name])
 
 
 def adapter_tensors(model):
     """{name: parameter} of the adapter, each theta once."""
-    adapter = {p for module in model.modules() if isinstance(module, (LoRALinear, Conversion))
-               for name, p in module.named_parameters() if name not in ("weight", "bias")}  # W0, b
-    return {name: p for name, p in model.named_parameters() if p in adapter}
+    return {f"{prefix}.{name}": parameter for prefix, layer in model.named_modules()
+            if isinstance(layer, AdaptedLinear)
+            for name, parameter in layer.named_parameters() if name not in ("weight", "bias")}
 
 
 def adapter_parameters(model):
@@ -294,20 +269,20 @@ def find_linears(model, method, targets, rank, alpha):
     if not targets:
         raise ValueError("targets is empty: name the linear layers to adapt")
     for target in targets:
-        if not any(target_of(name, (target,)) for name in linears):
+        if not any(target_of(name, [target]) for name in linears):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
             raise ValueError(f"no nn.Linear is named {target!r}: the model has {known}")
-    linears = {name: linear for name, linear in linears.items() if target_of(name, targets)}
-    fast_layers = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer)]
-    in_fast_layers = {module for layer in fast_layers for module in layer.modules()}
-    for name, linear in linears.items():
+    chosen = {name: linear for name, linear in linears.items() if target_of(name, targets)}
+    fast = {part for layer in model.modules() if isinstance(layer, nn.TransformerEncoderLayer)
+            for part in layer.modules()}
+    for name, linear in chosen.items():
         most = min(linear.weight.shape)
         if not (isinstance(rank, int) and 1 <= rank <= most):
             raise ValueError(f"rank is {rank}: for {name} it must be from 1 to {most}")
         if "weight" not in linear._parameters:
             raise ValueError(f"the weight of {name} is computed by a hook (spectral_norm, prune): "
                              f"remove that first")
-        if linear in in_fast_layers:
+        if linear in fast:
             raise ValueError(f"{name} is part of an nn.TransformerEncoderLayer, whose fast path in "
                              f"eval mode would pass over the adapter")
-    return linears
+    return chosen

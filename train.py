@@ -13,7 +13,6 @@ works, read the first two parts. The third is the command line; the last, "What 
 wraps the same step and changes no result.
 """
 
-import argparse
 import json
 import math
 import os
@@ -32,10 +31,11 @@ import torch.distributed.nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from condlora import adapt, adapted_layers, adapter_parameters, convert
+from condlora import adapt, adapted_layers, adapter_parameters, convert, copy_tensors
 from data import checkpoint as checkpoints
 from data import glue, peft_format, tokenizer, toy
 from data.batches import Encoded, by_width, shuffled
+from data.command import between, check_writable, naming, one_line, parser_of
 from model import Config, Transformer, short
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -68,7 +68,7 @@ def train(model, forward, data, metrics, args, checkpoint):
     if args.log and IS_MASTER and not history:
         args.log.write_text("")
     if history:
-        checkpoints.unpack_state(checkpoint, model, optimizer, args.resume)
+        checkpoints.unpack_state(checkpoint, model, optimizer)
     step = make_step(forward, split, optimizer, args.grad_clip)
     if device.type == "cuda" and not args.no_graphs:
         step = Recorded(step)
@@ -238,15 +238,14 @@ def build(args, folder, n_out):
 
 def find_encoder(args, checkpoint, device):
     """The folder with the pretrained encoder."""
-    file = args.resume or args.eval_only
     if args.init_from is None and checkpoint:
-        return checkpoints.find_encoder(checkpoint, file)
+        return checkpoints.find_encoder(checkpoint)
     if args.init_from is None and args.task in toy.TASKS:
         return toy_encoder(args.pretrain_steps, device)
     name = args.init_from or "roberta-base"
     for folder in (Path(name), DATA / "models" / name):
         if folder.is_dir():
-            return checkpoints.find_encoder(checkpoint, file, folder) if checkpoint else folder
+            return checkpoints.find_encoder(checkpoint, folder) if checkpoint else folder
     raise FileNotFoundError(f"no folder {name}, here or under {DATA / 'models'}: "
                             f"python data/download.py {name} fetches a model of that name")
 
@@ -298,48 +297,43 @@ def pretrain(config, tok, steps, device, batch_size=64, lr=3e-3, masked=0.2):
 def run(argv):
     args, checkpoint = arguments(argv)
     device = pick_device(args.device)
-    with checkpoints.naming(args.resume or args.eval_only):
-        complete(args, device)
     be_deterministic(device)
     if PROCESSES > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if args.predict or args.export:
-        use(args, checkpoint, device)
-    else:
-        train_and_report(args, checkpoint, device)
+    with naming(args.resume or args.eval_only):
+        complete(args, device)
+        if args.predict or args.export:
+            use(args, checkpoint, device)
+        else:
+            train_and_report(args, checkpoint, device)
+    if PROCESSES > 1:
+        dist.destroy_process_group()
 
 
 def train_and_report(args, checkpoint, device):
     """Train, but for --eval_only; print the table of figures and write it to the checkpoint."""
-    file = args.resume or args.eval_only
-    with checkpoints.naming(file):
-        splits, classes, metrics = load_task(args)
-    n_texts = len(splits["train"].texts[0])
-    if checkpoint and (checkpoint["classes"], checkpoint["n_texts"]) != (list(classes), n_texts):
-        kind = lambda n, names: f"{n} texts a row and the classes {', '.join(names) or 'none':.60}"
-        raise ValueError(f"{file} was trained on "
-                         f"{kind(checkpoint['n_texts'], checkpoint['classes'])}, "
-                         f"{args.task} has {kind(n_texts, classes)}")
+    splits, classes, metrics = load_task(args)
+    kind = {"classes": list(classes), "n_texts": len(splits["train"].texts[0])}
+    if checkpoint and {name: checkpoint[name] for name in kind} != kind:
+        raise ValueError(f"it was trained on {checkpoint['n_texts']} texts a row and the classes "
+                         f"{', '.join(checkpoint['classes']):.60}, {args.task} has others")
     folder, model = load_model(args, checkpoint, len(classes) or 1, device)
     forward = fast_forward(model, args, device)
     data = encode(splits, folder, model, args, device)
     if not checkpoint:
         settings = {name: str(value) if isinstance(value, Path) else value
                     for name, value in vars(args).items() if name not in NOT_KEPT}
-        checkpoint = {
-            "task": args.task, "classes": list(classes), "n_texts": n_texts, "settings": settings,
-            "config": vars(model.config), "history": [],
-            "encoder": {"path": str(folder.resolve()), "sha256": checkpoints.sha256(folder)},
-        }
+        encoder = {"path": str(folder.resolve()), "sha256": checkpoints.sha256(folder)}
+        checkpoint = {"task": args.task, **kind, "settings": settings, "encoder": encoder,
+                      "config": vars(model.config), "history": []}
     if not args.eval_only:
         train(model, forward, data, metrics, args, checkpoint)
-        checkpoints.load_weights(checkpoint["weights"], model, args.out)  # of the best epoch
+    copy_tensors(checkpoint["weights"], checkpoints.trained_weights(model))  # of the best epoch
     figures = {name: evaluate(model, forward, split, metrics, args.batch_size)
                for name, split in data.items() if name != "train"}
     if IS_MASTER:
         if not args.eval_only:
-            checkpoint["results"] = figures
-            checkpoints.save(checkpoint, args.out)
+            checkpoints.save(checkpoint | {"results": figures}, args.out)
         report(args, model, checkpoint, figures, len(splits["train"].labels))
 
 
@@ -347,6 +341,7 @@ def use(args, checkpoint, device):
     """Export a checkpoint's model, or print what it predicts."""
     classes = checkpoint["classes"]
     folder, model = load_model(args, checkpoint, len(classes) or 1, device)
+    copy_tensors(checkpoint["weights"], checkpoints.trained_weights(model))
     if args.export:
         peft_format.export(model, folder, args.export)
         print(args.export)
@@ -358,17 +353,12 @@ def use(args, checkpoint, device):
 
 
 def load_model(args, checkpoint, n_out, device):
-    """(the encoder's folder, the model); with --eval_only the model has the checkpoint's weights.
-    """
-    file = args.resume or args.eval_only
+    """(the encoder's folder, the model with the adapter as it begins)."""
     folder = find_encoder(args, checkpoint, device)
     torch.manual_seed(args.seed)
-    with checkpoints.naming(file):
-        model = build(args, folder, n_out).to(device)
-        if checkpoint and vars(model.config) != checkpoint["config"]:
-            raise ValueError(f"{folder / 'config.json'} has changed since")
-    if args.eval_only:
-        checkpoints.load_weights(checkpoint["weights"], model, file)
+    model = build(args, folder, n_out).to(device)
+    if checkpoint and vars(model.config) != checkpoint["config"]:
+        raise ValueError(f"{folder / 'config.json'} has changed since")
     return folder, model
 
 
@@ -379,8 +369,7 @@ def encode(splits, folder, model, args, device):
         raise ValueError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, "
                          f"the model {model.config.vocab_size}")
     max_len = min(args.max_len, model.config.max_len)
-    with checkpoints.naming(args.resume or args.eval_only):
-        return {name: Encoded(split, tok, max_len, device) for name, split in splits.items()}
+    return {name: Encoded(split, tok, max_len, device) for name, split in splits.items()}
 
 
 def report(args, model, checkpoint, figures, examples):
@@ -445,18 +434,13 @@ def arguments(argv):
     # The checkpoint's settings, as words, stand before the command line's own.
     words = ["--out", str(file)]
     for name, value in checkpoint["settings"].items():
-        if name not in vars(args) or name in NOT_KEPT:
-            raise ValueError(f"{file} has a setting {name!r:.40} that there is not")
-        if "-" in {str(v)[:1] for v in (value if isinstance(value, list) else [value])}:
-            raise ValueError(f"{file} has a setting that is an option: {short(value)}")
-        if value is True:
-            words.append(f"--{name}")
-        elif value not in (None, False):
-            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
-    try:
+        values = [str(v) for v in (value if isinstance(value, list) else [value])]
+        if name not in vars(args) or name in NOT_KEPT or any(v.startswith("-") for v in values):
+            raise ValueError(f"{file} has a setting that is none: {name!r:.40} {short(value)}")
+        if value is not None and value is not False:  # but 0 is kept
+            words += [f"--{name}"] if value is True else [f"--{name}", *values]
+    with naming(file):
         kept = parser.parse_args(words)
-    except ValueError as error:
-        raise ValueError(f"{file} has a setting that is none: {str(error)[:150]}") from None
     args = parser.parse_args([*words, *argv])
     for name in checkpoint["settings"]:
         given, value = getattr(args, name), getattr(kept, name)
@@ -468,15 +452,13 @@ def arguments(argv):
 
 
 # Options that a checkpoint does not store.
-NOT_KEPT = ("init_from", "device", "no_graphs", "compile", "out", "log", "resume", "eval_only",
-            "predict", "export")
+NOT_KEPT = ("init_from", "device", "no_graphs", "out", "log", "resume", "eval_only", "predict",
+            "export")
 
 
 def make_parser():
-    intro, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(description=intro, epilog=rest,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, many = parser.add_argument, 10 ** 9
+    parser, rate = parser_of(__doc__), between(float, 1e-30, 1e30)
+    add, count = parser.add_argument, between(int, 1, 10 ** 9)
     add("--task", default="toy", type=task_name, help=f"{', '.join(toy.TASKS)} (made up, needs no "
         f"files), GLUE's {', '.join(glue.TASKS)}, or a folder of yours with train.tsv and perhaps "
         f"dev.tsv, whose first line is text (or text1, text2) and label; default toy")
@@ -489,35 +471,31 @@ def make_parser():
         "the toy encoder, or roberta-base")
     add("--data_dir", default=DATA / "glue", type=lambda text: Path(text).resolve(),
         help="folder with GLUE's CoLA, SST-2, ...; default data/glue")
-    add("--rank", type=between(int, 1, many), default=8, help="r, the adapter's rank; default 8")
-    add("--alpha", type=between(float, 1e-30, 1e30), default=8.0,
-        help="the update is scaled by alpha / rank; default 8")
+    add("--rank", type=count, default=8, help="r, the adapter's rank; default 8")
+    add("--alpha", type=rate, default=8.0, help="the update is scaled by alpha / rank; default 8")
     add("--targets", nargs="+", default=["query", "value"],
         help=f"linear layers to adapt, of {', '.join(TARGETS)}; default query value")
-    add("--lr", type=between(float, 1e-30, 1e30),
-        help=f"highest learning rate; default by method, {LEARNING_RATE}")
-    add("--epochs", type=between(int, 1, many), help=f"default {EPOCHS}")
-    add("--batch_size", type=between(int, 1, many), help=f"default {BATCH_SIZE}")
-    add("--max_len", type=between(int, 1, many), default=128,
+    add("--lr", type=rate, help=f"highest learning rate; default by method, {LEARNING_RATE}")
+    add("--epochs", type=count, help=f"default {EPOCHS}")
+    add("--batch_size", type=count, help=f"default {BATCH_SIZE}")
+    add("--max_len", type=count, default=128,
         help="longest input, in tokens, at most the encoder's positions; default 128")
     add("--warmup", type=between(float, 0, 1), default=0.1,
         help="share of the steps in which the rate rises, then it falls to 0; default 0.1")
     add("--weight_decay", type=between(float, 0, 1e30), default=0.1, help="AdamW's; default 0.1")
     add("--grad_clip", type=between(float, 0, 1e30), default=1.0,
         help="largest global norm of the gradient, 0 for any; default 1")
-    add("--patience", type=between(int, 1, many),
+    add("--patience", type=count,
         help="stop after so many epochs without a better validation figure; default never")
     add("--seed", type=between(int, 0, 2 ** 32 - 1), default=0,
         help="the same seed on the same machine gives the same figures; default 0")
     add("--device", help="cuda, cpu or mps; default the best there is")
     add("--dtype", choices=("float32", "bfloat16"), help="to compute in; what trains stays "
         "float32. Default bfloat16 on cuda, else float32")
-    add("--pretrain_steps", type=between(int, 1, many), default=1500,
+    add("--pretrain_steps", type=count, default=1500,
         help="of the toy encoder, where it is not there yet; default 1500")
     add("--no_graphs", action="store_true", help="on cuda, launch every kernel of every step; "
         "default no, CUDA graphs are replayed")
-    add("--compile", action="store_true", help="torch.compile the encoder: a minute to start, a "
-        "faster step for long runs; default no")
     add("--out", default=Path("ckpt.pt"), type=Path, help="checkpoint to write; default ckpt.pt")
     add("--log", type=Path, metavar="FILE", help="a line of JSON for each epoch; default none")
     earlier = parser.add_mutually_exclusive_group()
@@ -531,30 +509,12 @@ def make_parser():
         "and its probability; two texts have a tab between them")
     use.add_argument("--export", type=Path, metavar="FOLDER",
         help="with --eval_only: write the adapter and the head as PEFT reads them")
-
-    def error(message):  # without the usage
-        raise ValueError(message)
-    parser.error = error
     return parser
 
 
 def task_name(text):
     """The task, or the whole path of a folder of one's own."""
     return str(Path(text).resolve()) if is_own(text) and Path(text).is_dir() else text
-
-
-def between(kind, low, high):
-    """A type for argparse: an int or a float in a range."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            what = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!r:.40} is no {what} from {low} to {high}")
-        return value
-    return parse
 
 
 def complete(args, device):
@@ -576,22 +536,17 @@ def complete(args, device):
             folders += [Path(args.init_from), DATA / "models" / args.init_from]
         inputs = [file for folder in folders for file in folder.glob("*")
                   if file.suffix in (".tsv", ".json", ".safetensors", ".bin", ".txt")]
-        checkpoints.check_writable(args.out, "--out", inputs)
+        check_writable(args.out, "--out", inputs)
         if args.log:
-            checkpoints.check_writable(args.log, "--log", [*inputs, args.out])
+            check_writable(args.log, "--log", [*inputs, args.out])
 
 
 def pick_device(name):
-    kinds = ["cpu"]
-    if torch.backends.mps.is_available():
-        kinds.append("mps")
-    if torch.cuda.is_available():
-        kinds.append("cuda")
-    name = name or kinds[-1]
-    kind = name.partition(":")[0]
-    count = torch.cuda.device_count() if kind == "cuda" else 1
-    if kind not in kinds or name not in (kind, *(f"{kind}:{i}" for i in range(count))):
-        raise ValueError(f"--device {name} is not there: use {' or '.join(reversed(kinds))}")
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    kinds = [kind for kind in there if there[kind]] + ["cpu"]
+    name = name or kinds[0]
+    if name not in (*kinds, *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
+        raise ValueError(f"--device {name} is not there: use {' or '.join(kinds)}")
     if PROCESSES > 1 and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(name)
@@ -610,24 +565,8 @@ def be_deterministic(device):
 
 
 def main(argv=None):
-    try:
+    with one_line("train.py", "stopped. If an epoch was done, --resume with its file goes on"):
         run(sys.argv[1:] if argv is None else argv)
-        if PROCESSES > 1:
-            dist.destroy_process_group()
-    except BrokenPipeError:  # whoever read the output has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError) as error:
-        sys.exit(fail(error))
-    except torch.OutOfMemoryError:
-        sys.exit(fail("the device is out of memory: try a smaller --batch_size or --max_len"))
-    except KeyboardInterrupt:
-        sys.exit(fail("stopped. If an epoch was done, --resume with its checkpoint goes on"))
-
-
-def fail(message):
-    message = " ".join(str(message).split())  # one line
-    print(f"train.py: error: {message}", file=sys.stderr)
-    return 2
 
 
 # What makes it fast: the same forward and the same step, wrapped ---------------------------------
@@ -646,10 +585,6 @@ def fast_forward(model, args, device):
             narrow_frozen_weights(model)
         if bfloat16 or device.type == "cuda":
             forward = with_summed_weights(model, getattr(torch, args.dtype))
-    if args.compile:
-        torch._dynamo.config.recompile_limit = 100  # it compiles anew for each shape of batch
-        # Dropout from PyTorch's own kernel: a compiled one draws four numbers to use one.
-        forward = torch.compile(forward, dynamic=False, options={"fallback_random": True})
     return forward
 
 
@@ -705,8 +640,7 @@ class Recorded:
     """Calls step(rows, *shape), on CUDA, by replaying a CUDA graph for each shape of batch.
 
     A small batch's thousand kernels take longer to launch than to run. A shape's first call runs
-    as it is, which also sets up what CUDA and torch.compile set up at first use; the second is
-    recorded.
+    as it is, which also sets up what CUDA sets up at first use; the second is recorded.
     """
 
     def __init__(self, step):

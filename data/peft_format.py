@@ -38,8 +38,8 @@ def export(model, encoder, folder):
         "task_type": "SEQ_CLS",
         "base_model_name_or_path": str(Path(encoder).resolve()),
         "inference_mode": True,
-        "r": layer.rank,  # the last one's, and so all layers'
-        "lora_alpha": layer.alpha,
+        "r": layer.settings["rank"],  # the last layer's, and so all layers'
+        "lora_alpha": layer.settings["alpha"],
         "lora_dropout": 0.0,
         "bias": "none",
         "target_modules": list(layers),

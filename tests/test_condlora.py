@@ -406,7 +406,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_reason_named(tmp_path):
         load_adapter(encoder(layers=4), file)
     with pytest.raises(ValueError, match=r"\(2, 16\), in the model \(2, 32\)"):
         load_adapter(encoder(d=32), file)
-    with pytest.raises(ValueError, match="adapter.pt: no nn.Linear is named 'query'"):
+    with pytest.raises(ValueError, match="adapter.pt.*no nn.Linear is named 'query'"):
         load_adapter(nn.ModuleDict({"key": nn.Linear(4, 4)}), file)
     file.write_text("x")
     with pytest.raises(ValueError, match="adapter.pt holds no adapter"):

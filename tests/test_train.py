@@ -173,7 +173,8 @@ def test_the_same_seed_gives_the_same_numbers_and_another_one_others(little, cap
 def test_a_stopped_run_keeps_its_last_epoch_and_resumes_to_the_same_result(
     little, capsys, monkeypatch, device
 ):
-    little += ["--device", device]
+    # A setting of 0 is a setting, too: it must not become the default again.
+    little += f"--device {device} --warmup 0 --grad_clip 0 --weight_decay 0".split()
     run([*little, "--epochs", "4", "--out", "whole.pt"], capsys)
     save, saves = checkpoints.save, []
 
@@ -334,7 +335,7 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
     )
     (moved / "train.tsv").write_text("text\tlabel\na\tx\nb\ty\n")
     (moved / "dev.tsv").unlink()
-    assert "on 1 texts a row and the classes bad, good, " in fails(
+    assert "it was trained on 1 texts a row and the classes bad, good, " in fails(
         ["--eval_only", "ckpt.pt", "--task", "moved"], capsys
     )
 
@@ -424,11 +425,9 @@ def test_what_a_killed_pretraining_left_is_written_over(monkeypatch, tmp_path):
     [
         (lambda c: c["settings"].update(rank=50), "rank is 50"),
         (lambda c: c["settings"].update(lr="x"), "--lr: 'x' is no number"),
-        (lambda c: c["settings"].update(help=True), "a setting 'help' that there is not"),
-        (lambda c: c["settings"].update(targets=["query", "--out=x"]), "that is an option"),
+        (lambda c: c["settings"].update(help=True), "a setting that is none: 'help' True"),
+        (lambda c: c["settings"].update(targets=["query", "--out=x"]), "that is none: 'targets'"),
         (lambda c: c["config"].update(num_attention_heads=4), "config.json has changed since"),
-        (lambda c: c["last"].update({"head.out_proj.bias": torch.ones(2, dtype=torch.complex64)}),
-         "head.out_proj.bias is of another kind"),
         (lambda c: c["weights"].popitem(), "is not there, in the model"),
         (lambda c: c["last"].update(x=torch.ones(1)), "x is (1,), in the model not there"),
         (
@@ -590,7 +589,7 @@ def test_frozen_weights_do_not_move(little, capsys, monkeypatch, bert_folder, me
 
 def test_in_bfloat16_what_trains_and_w0_stay_float32(bert_folder):
     args = Namespace(
-        method="condlora", targets="query", rank=2, alpha=8.0, dtype="bfloat16", compile=False
+        method="condlora", targets="query", rank=2, alpha=8.0, dtype="bfloat16"
     )
     model = train.build(args, bert_folder, 2)
     train.fast_forward(model, args, torch.device("cpu"))

@@ -1,0 +1,95 @@
+"""What the command lines share: help, one line for a mistake, and files that are written whole."""
+
+import argparse
+import math
+import os
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+
+def parser_of(doc):
+    """A parser whose --help shows a file's docstring, and whose errors are ValueErrors."""
+    intro, _, rest = doc.partition("\n")
+    parser = argparse.ArgumentParser(description=intro, epilog=rest, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(message):  # without the usage
+        raise ValueError(message)
+    parser.error = error
+    return parser
+
+
+def between(kind, low, high):
+    """A type for a parser: an int or a float in a range."""
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high:
+            what = "whole number" if kind is int else "number"
+            raise argparse.ArgumentTypeError(f"{text!r:.40} is no {what} from {low} to {high}")
+        return value
+    return parse
+
+
+@contextmanager
+def one_line(program, stopped="stopped"):
+    """A mistake in this block ends the program with a line on standard error and exit status 2."""
+    try:
+        yield
+    except BrokenPipeError:  # whoever read the output has enough of it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
+    except (ValueError, OSError) as error:
+        message = str(error)
+    except torch.OutOfMemoryError:
+        message = "the device is out of memory: try a smaller --batch_size or --max_len"
+    except KeyboardInterrupt:
+        message = stopped
+    else:
+        return
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+@contextmanager
+def naming(file):
+    """An error in this block begins with the file, if there is one, that the work began with."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{file}: {error}" if file else str(error)) from None
+
+
+def write(file, data):
+    """Write bytes beside `file`, then rename that: a stopped run leaves the last whole one."""
+    partial = beside(file)
+    try:
+        partial.write_bytes(data)
+        os.replace(partial, file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OSError(f"{file} cannot be written: {error.strerror}") from None
+
+
+def check_writable(file, option, needed=()):
+    """Raise ValueError now where `write` could not write what `option` names, or where it should
+    not, since that is one of the files `needed`."""
+    try:
+        if file.exists() and not file.is_file():
+            raise ValueError("it is no file")
+        if file.resolve() in [Path(other).resolve() for other in needed]:
+            raise ValueError("the file is needed for something else")
+        beside(file).write_bytes(b"")
+        beside(file).unlink()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{option} {str(file)[:150]} cannot be written: {reason}") from None
+
+
+def beside(file):
+    return file.with_name(file.name + ".part")
