@@ -121,38 +121,15 @@ class Layer(NamedTuple):
     solve: Solver  # of W0
 
 
-class Matrices(NamedTuple):
-    """What is compared across layers, stacked. BA is B @ right; thin_svd takes the two apart."""
-
-    A: torch.Tensor  # (L, d, r)
-    B: torch.Tensor  # (L, d, r)
-    right: torch.Tensor  # (L, r, d)
-
-
-def matrices_of(layers, draw=None):
-    """LoRA: the conversion matrices. CondLoRA: A^T and B themselves, from each layer's W0.
-
-    Of the trained layers, or with `draw`, a random generator, of untrained ones.
-    """
-    rows = []
-    for layer, (A, B) in zip(layers, factors_of(layers, draw)):
-        if layer.thetas:
-            rows.append((A.T, B, A))
-        else:
-            C = conversion_matrices(layer.W0, A, B, layer.solve)
-            rows.append((C["A"], C["B"], A))
-    return stacked(rows)
-
-
 def factors_of(layers, draw=None):
-    """[(A, B) of each layer], with `draw` untrained ones; CondLoRA's come from one untrained theta.
-    """
-    if not draw:
-        return [(layer.A, layer.B) for layer in layers]
-    if not layers[0].thetas:
-        return [untrained_factors(layer.A, layer.B, draw) for layer in layers]
-    thetas = untrained_factors(*layers[0].thetas, draw)
-    return [convert(layer.W0, *thetas) for layer in layers]
+    """A (L, r, d_in) and B (L, d_out, r) of the layers; with `draw`, a random generator, untrained
+    ones, CondLoRA's from one untrained theta."""
+    if draw and layers[0].thetas:
+        thetas = untrained_factors(*layers[0].thetas, draw)
+        return convert(torch.stack([layer.W0 for layer in layers]), *thetas)
+    pairs = [untrained_factors(layer.A, layer.B, draw) if draw else (layer.A, layer.B)
+             for layer in layers]
+    return [torch.stack(factors) for factors in zip(*pairs)]
 
 
 def untrained_factors(A, B, draw):
@@ -163,24 +140,32 @@ def untrained_factors(A, B, draw):
     return fresh_A.to(A.device), fresh_B.to(B.device)
 
 
-def random_like(matrices, draw):
-    """Gaussian matrices of the same shapes: the paper's baseline."""
-    drawn = (torch.randn(x.shape, dtype=torch.float64, generator=draw) for x in matrices)
-    return Matrices(*(x.to(matrices.A.device) for x in drawn))
+def conversions_of(layers, A, B):
+    """{"A": C_A, "B": C_B}, each (L, d, r), of the layers' W0 and these factors."""
+    C = [conversion_matrices(layer.W0, a, b, layer.solve) for layer, a, b in zip(layers, A, B)]
+    return {name: torch.stack([matrices[name] for matrices in C]) for name in "AB"}
 
 
-def stacked(triples):
-    return Matrices(*(torch.stack(tensors) for tensors in zip(*triples)))
+def compared_matrices(layers, draw=None):
+    """Three stacks: X_A (L, d, r), X_B (L, d, r) and the A (L, r, d) with which BA is X_B A.
+
+    LoRA: the conversion matrices. CondLoRA: A^T and B themselves, made from each layer's W0.
+    """
+    A, B = factors_of(layers, draw)
+    if layers[0].thetas:
+        return A.mT, B, A
+    C = conversions_of(layers, A, B)
+    return C["A"], C["B"], A
 
 
 # The figures -------------------------------------------------------------------------------------
 
-def similarity_maps(matrices, i, j, side):
+def similarity_maps(X_A, X_B, A, i, j, side):
     """{"A", "B", "BA": phi of every two layers, (L, L)}; each matrix is decomposed once."""
-    left, _, right = thin_svd(matrices.B, matrices.right)
+    left, _, right = thin_svd(X_B, A)
     vectors = {
-        "A": singular_vectors(matrices.A, side),
-        "B": singular_vectors(matrices.B, side),
+        "A": singular_vectors(X_A, side),
+        "B": singular_vectors(X_B, side),
         "BA": left if side == "left" else right,
     }
     return {name: phi(X[:, None], X[None], i, j) for name, X in vectors.items()}
@@ -192,27 +177,32 @@ def likeness(layers, i, j, side):
     Where i and j are the rank, BA and B have the same left vectors, and BA's row is left out.
     """
     draw = torch.Generator().manual_seed(0)
-    maps = lambda matrices: similarity_maps(matrices, i, j, side)
-    matrices = matrices_of(layers)
-    trained, raw = maps(matrices), maps(stacked([(x.A.T, x.B, x.A) for x in layers]))
-    controls = [maps(matrices_of(layers, draw)) for _ in range(DRAWS)]
-    randoms = [maps(random_like(matrices, draw)) for _ in range(DRAWS)]
+    maps = lambda stacks: similarity_maps(*stacks, i, j, side)
+    compared, (A, B) = compared_matrices(layers), factors_of(layers)
+    trained, raw = maps(compared), maps((A.mT, B, A))
+    controls = [maps(compared_matrices(layers, draw)) for _ in range(DRAWS)]
+    randoms = [maps([gaussian(x.shape, draw).to(x.device) for x in compared])
+               for _ in range(DRAWS)]
     is_full = i == j == rank_of(layers[0]) and side == "left"
     rows = {}
     for name in ("A", "B") if is_full else ("A", "B", "BA"):
         mean = mean_of_pairs(trained[name])
-        control = mean_and_deviation([mean_of_pairs(x[name]) for x in controls])
+        control = mean_and_deviation(mean_of_pairs(x[name]) for x in controls)
         rows[name] = {
             "trained": mean,
             "control": control,
             # Where phi is 1 by definition, rounding is all the deviation there is.
             "distance": (mean - control[0]) / control[1] if control[1] > 1e-9 else 0.0,
             "raw": mean_of_pairs(raw[name]),
-            "random": mean_and_deviation([mean_of_pairs(x[name]) for x in randoms]),
+            "random": mean_and_deviation(mean_of_pairs(x[name]) for x in randoms),
             "map": trained[name].tolist(),
             "control_map": torch.stack([x[name] for x in controls]).mean(0).tolist(),
         }
     return rows
+
+
+def gaussian(shape, draw):
+    return torch.randn(shape, generator=draw, dtype=torch.float64)
 
 
 def rank_of(layer):
@@ -233,41 +223,11 @@ def mean_and_deviation(values):
 
 def theta_check(layers):
     """How far all layers' conversion matrices are from theta^T, and theta's singular values."""
-    result = {}
-    for name, theta in zip("AB", layers[0].thetas):
-        deviations = [(C - theta.T).abs().max() for C in conversions_of(layers, name)]
-        result[name] = {
-            "largest_deviation": (max(deviations) / theta.abs().max()).item(),
-            "singular_values": torch.linalg.svdvals(theta).tolist(),
-        }
-    return result
-
-
-def conversions_of(layers, name, draw=None):
-    """[C_A or C_B of each layer], with `draw` of untrained factors."""
-    return [conversion_matrices(layer.W0, A, B, layer.solve)[name]
-            for layer, (A, B) in zip(layers, factors_of(layers, draw))]
-
-
-def amplification(layers):
-    """A dict a layer: how far dW amplifies directions that W0 has (Hu et al. 2022, section 7.3).
-
-    kept is ||U^T W0 V||_F in dW's directions, random the same in random ones. A large factor says
-    that dW adds what W0 has little of.
-    """
-    draw = torch.Generator().manual_seed(1)
-    gaussian = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
-    rows = []
-    for layer in layers:
-        W0 = layer.W0
-        U, S, V = thin_svd(layer.scale * layer.B, layer.A)
-        delta, kept = S.norm().item(), (U.T @ W0 @ V).norm().item()
-        bases = [[torch.linalg.qr(gaussian(d, len(S)))[0].to(W0.device) for d in W0.shape]
-                 for _ in range(DRAWS)]
-        random = sum((P.T @ W0 @ Q).norm().item() for P, Q in bases) / DRAWS
-        rows.append({"delta": delta, "W0": W0.norm().item(), "kept": kept, "factor": delta / kept,
-                     "random": random, "random_factor": delta / random})
-    return rows
+    C = conversions_of(layers, *factors_of(layers))
+    return {name: {"largest_deviation": ((C[name] - theta.T).abs().max()
+                                         / theta.abs().max()).item(),
+                   "singular_values": torch.linalg.svdvals(theta).tolist()}
+            for name, theta in zip("AB", layers[0].thetas)}
 
 
 def comparison(one, two, i, j):
@@ -278,23 +238,41 @@ def comparison(one, two, i, j):
     """
     draw = torch.Generator().manual_seed(2)
 
-    def mean_phi(pairs):
-        values = [subspace_similarity(X, Y, i, j) for X, Y in pairs]
-        return sum(values) / len(values)
+    def mean_phi(X, Y):  # (L, d, r) both
+        return phi(singular_vectors(X, "left"), singular_vectors(Y, "left"), i, j).mean().item()
 
-    def row(pairs):
-        drawn = torch.randn(DRAWS, len(one), 2, *pairs[0][0].shape, generator=draw,
-                            dtype=torch.float64)
-        return {"phi": mean_phi(pairs), "random": mean_and_deviation(map(mean_phi, drawn))}
+    def row(X, Y):
+        randoms = gaussian((DRAWS, 2, *X.shape), draw)
+        return {"phi": mean_phi(X, Y), "random": mean_and_deviation(mean_phi(*x) for x in randoms)}
 
-    def conversions(name, draw=None):
-        return list(zip(conversions_of(one, name, draw), conversions_of(two, name, draw)))
-
-    rows = {"A": row([(a.A.T, b.A.T) for a, b in zip(one, two)]),
-            "B": row([(a.B, b.B) for a, b in zip(one, two)])}
+    (A, B), (other_A, other_B) = factors_of(one), factors_of(two)
+    C, other_C = conversions_of(one, A, B), conversions_of(two, other_A, other_B)
+    rows = {"A": row(A.mT, other_A.mT), "B": row(B, other_B)}
+    controls = [[conversions_of(layers, *factors_of(layers, draw)) for layers in (one, two)]
+                for _ in range(DRAWS)]
     for name in "AB":
-        controls = [mean_phi(conversions(name, draw)) for _ in range(DRAWS)]
-        rows[f"C_{name}"] = row(conversions(name)) | {"control": mean_and_deviation(controls)}
+        control = mean_and_deviation(mean_phi(x[name], y[name]) for x, y in controls)
+        rows[f"C_{name}"] = row(C[name], other_C[name]) | {"control": control}
+    return rows
+
+
+def amplification(layers):
+    """A dict a layer: how far dW amplifies directions that W0 has (Hu et al. 2022, section 7.3).
+
+    kept is ||U^T W0 V||_F in dW's directions, random the same in random ones. A large factor says
+    that dW adds what W0 has little of.
+    """
+    draw = torch.Generator().manual_seed(1)
+    rows = []
+    for layer in layers:
+        kept_in = lambda U, V: (U.T @ layer.W0 @ V).norm().item()
+        U, S, V = thin_svd(layer.scale * layer.B, layer.A)
+        delta, kept = S.norm().item(), kept_in(U, V)
+        bases = [[torch.linalg.qr(gaussian((d, len(S)), draw))[0].to(S.device)
+                  for d in layer.W0.shape] for _ in range(DRAWS)]
+        random = sum(kept_in(U, V) for U, V in bases) / DRAWS
+        rows.append({"delta": delta, "W0": layer.W0.norm().item(), "kept": kept,
+                     "factor": delta / kept, "random": random, "random_factor": delta / random})
     return rows
 
 
@@ -525,10 +503,9 @@ def run(argv):
     if args.device not in devices:
         raise ValueError(f"--device {args.device} is not there: use {' or '.join(devices)}")
     picture = args.svg or args.checkpoint.with_suffix(".svg")
-    inputs = [file for file in (args.checkpoint, args.compare) if file]
-    check_writable(picture, "--svg", inputs)
+    check_writable(picture, "--svg", b"<svg")
     if args.json:
-        check_writable(args.json, "--json", [*inputs, picture])
+        check_writable(args.json, "--json", b"{")
     task, method, targets = read(args.checkpoint, args.init_from, args.device)
     others = None
     if args.compare:

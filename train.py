@@ -531,14 +531,11 @@ def complete(args, device):
             raise ValueError(f"--targets {target:.40} names no linear layer of the encoder: "
                              f"use {', '.join(TARGETS)}")
     if IS_MASTER and not args.eval_only:
-        folders = [Path(args.task)]
-        if args.init_from:
-            folders += [Path(args.init_from), DATA / "models" / args.init_from]
-        inputs = [file for folder in folders for file in folder.glob("*")
-                  if file.suffix in (".tsv", ".json", ".safetensors", ".bin", ".txt")]
-        check_writable(args.out, "--out", inputs)
+        check_writable(args.out, "--out", b"PK")  # as torch.save's files begin
         if args.log:
-            check_writable(args.log, "--log", [*inputs, args.out])
+            check_writable(args.log, "--log", b"{")
+            if args.log.resolve() == args.out.resolve():
+                raise ValueError(f"--log and --out are one file, {args.log}")
 
 
 def pick_device(name):
@@ -566,7 +563,11 @@ def be_deterministic(device):
 
 def main(argv=None):
     with one_line("train.py", "stopped. If an epoch was done, --resume with its file goes on"):
-        run(sys.argv[1:] if argv is None else argv)
+        try:
+            run(sys.argv[1:] if argv is None else argv)
+        except torch.OutOfMemoryError:
+            raise ValueError("the device is out of memory: try a smaller --batch_size or "
+                             "--max_len") from None
 
 
 # What makes it fast: the same forward and the same step, wrapped ---------------------------------

@@ -7,8 +7,6 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
-
 
 def parser_of(doc):
     """A parser whose --help shows a file's docstring, and whose errors are ValueErrors."""
@@ -46,8 +44,6 @@ def one_line(program, stopped="stopped"):
         return
     except (ValueError, OSError) as error:
         message = str(error)
-    except torch.OutOfMemoryError:
-        message = "the device is out of memory: try a smaller --batch_size or --max_len"
     except KeyboardInterrupt:
         message = stopped
     else:
@@ -76,14 +72,18 @@ def write(file, data):
         raise OSError(f"{file} cannot be written: {error.strerror}") from None
 
 
-def check_writable(file, option, needed=()):
-    """Raise ValueError now where `write` could not write what `option` names, or where it should
-    not, since that is one of the files `needed`."""
+def check_writable(file, option, begins):
+    """Raise ValueError now where `write` could not write what `option` names.
+
+    Or where it would replace a file of another kind: ours begin with the bytes `begins`.
+    """
     try:
-        if file.exists() and not file.is_file():
-            raise ValueError("it is no file")
-        if file.resolve() in [Path(other).resolve() for other in needed]:
-            raise ValueError("the file is needed for something else")
+        if file.exists():
+            if not file.is_file():
+                raise ValueError("it is no file")
+            with open(file, "rb") as there:
+                if there.read(len(begins)) not in (begins, b""):
+                    raise ValueError("a file of another kind is there")
         beside(file).write_bytes(b"")
         beside(file).unlink()
     except (OSError, ValueError) as error:

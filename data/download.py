@@ -9,7 +9,6 @@ MRPC is put together from its sentences, at SentEval, and GLUE's list of which a
 task needs more than this script.
 """
 
-import argparse
 import http.client
 import json
 import os
@@ -26,6 +25,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 DATA = Path(__file__).resolve().parent
+sys.path.insert(0, str(DATA.parent))  # this file is run as a program
+
+from data.command import one_line, parser_of
+
 HUB = "https://huggingface.co"
 GLUE = "https://dl.fbaipublicfiles.com/glue/data"
 SENTEVAL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
@@ -178,25 +181,12 @@ def fetch_or_fail(url, folder):
 
 
 def main(argv=None):
-    intro, _, rest = __doc__.partition("\n")
-    parser = argparse.ArgumentParser(description=intro, epilog=rest,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = parser_of(__doc__)
     parser.add_argument("names", nargs="+", metavar="NAME",
                         help="a GLUE task, or a model of the Hugging Face hub")
-    parser.error = lambda message: sys.exit(fail(message))
-    try:
+    with one_line("download.py", "stopped; what was whole is kept"):
         for name in parser.parse_args(argv).names:
             get(name)
-    except (ValueError, OSError) as error:
-        sys.exit(fail(error))
-    except KeyboardInterrupt:
-        sys.exit(fail("stopped; what was whole is kept"))
-
-
-def fail(message):
-    message = " ".join(str(message).split())  # one line
-    print(f"download.py: error: {message}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

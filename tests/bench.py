@@ -367,7 +367,7 @@ def bench_analysis(args, device, results):
     rand = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
     C_A, C_B, A = rand(12, 768, 8), rand(12, 768, 8), rand(12, 8, 768)
     began = time.perf_counter()
-    ours = analyze.similarity_maps(analyze.Matrices(C_A, C_B, A), 8, 8, "left")
+    ours = analyze.similarity_maps(C_A, C_B, A, 8, 8, "left")
     our_seconds = time.perf_counter() - began
     whole = {"A": C_A, "B": C_B, "BA": C_B @ A}
     pairs = [(a, b) for a in range(12) for b in range(a)]

@@ -272,8 +272,9 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
         (["--out", "/dev/full"], "--out /dev/full cannot be written: it is no file"),
         (["--out", "a" * 252 + ".pt"], "cannot be written: File name too long"),
         (["--log", "nowhere/log"], "--log nowhere/log cannot be written"),
-        (["--log", "ckpt.pt"], "--log ckpt.pt cannot be written: the file is needed for something"),
-        (["--out", "bert/config.json"], "--out bert/config.json cannot be written: the file is"),
+        (["--log", "ckpt.pt"], "--log and --out are one file, ckpt.pt"),
+        (["--out", "bert/config.json"], "--out bert/config.json cannot be written: a file of anot"),
+        (["--log", "bert/vocab.txt"], "--log bert/vocab.txt cannot be written: a file of another"),
         (["--device", "cpu:"], "--device cpu: is not there"),
     ],
 )
@@ -341,9 +342,9 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
 
 
 def test_a_log_is_not_emptied_by_a_run_that_does_not_start(little, capsys, tmp_path):
-    (tmp_path / "log").write_text("precious")
+    (tmp_path / "log").write_text('{"epoch": 1}')
     fails([*little, "--log", "log", "--init_from", "nowhere"], capsys)
-    assert (tmp_path / "log").read_text() == "precious"
+    assert (tmp_path / "log").read_text() == '{"epoch": 1}'
 
 
 def test_a_regression_of_ones_own_predicts_numbers(little, capsys, tmp_path):
