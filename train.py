@@ -218,7 +218,7 @@ def load_task(args):
         metrics = lambda predictions, labels: glue.metrics(args.task, predictions, labels)
         classes = glue.TASKS[glue.canonical(args.task)].classes
         return glue.load(args.task, args.data_dir), classes, metrics
-    if not Path(args.task).is_dir():
+    if not os.path.isdir(args.task):  # False, too, of a name that is too long
         known = ", ".join((*toy.TASKS, *glue.TASKS))
         raise ValueError(f"--task {args.task[:100]} is neither a folder nor one of {known}")
     splits, classes = glue.load_folder(args.task, args.regression)
@@ -514,7 +514,7 @@ def make_parser():
 
 def task_name(text):
     """The task, or the whole path of a folder of one's own."""
-    return str(Path(text).resolve()) if is_own(text) and Path(text).is_dir() else text
+    return str(Path(text).resolve()) if is_own(text) and os.path.isdir(text) else text
 
 
 def complete(args, device):

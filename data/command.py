@@ -58,7 +58,9 @@ def naming(file):
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"{file}: {error}" if file else str(error)) from None
+        if not file:
+            raise
+        raise ValueError(f"{file}: {error}") from None
 
 
 def write(file, data):
