@@ -474,7 +474,7 @@ def read_checkpoint(file, init_from):
     if method not in ("lora", "condlora"):
         raise ValueError(f"--method {method:.20} has no A and B: train one with --method lora or "
                          f"condlora")
-    model = Transformer.from_pretrained(checkpoints.find_encoder(checkpoint, init_from))
+    model = Transformer.from_pretrained(checkpoints.verified_encoder(checkpoint, init_from))
     load_adapter(model, file).double()
     adapted = []
     for name, layer in model.named_modules():
@@ -505,7 +505,7 @@ def run(argv):
     picture = args.svg or args.checkpoint.with_suffix(".svg")
     check_writable(picture, "--svg", b"<svg")
     if args.json:
-        check_writable(args.json, "--json", b"{")
+        check_writable(args.json, "--json", b'{\n "checkpoint"')
     task, method, targets = read(args.checkpoint, args.init_from, args.device)
     others = None
     if args.compare:

@@ -47,10 +47,9 @@ class Conversion(nn.Module):
 
 
 class AdaptedLinear(nn.Module):
-    """y = x W0^T + b + s (x A^T) B^T, with the weight W0 (d_out, d_in) and bias b of an nn.Linear.
+    """A linear layer with an update; the methods differ in where factors() takes A and B from.
 
-    The two methods differ in where factors() takes A and B from. settings: a dict of adapt's method,
-    targets, rank and alpha.
+    settings: a dict of adapt's method, targets, rank and alpha.
     """
 
     def __init__(self, weight, bias, settings):
@@ -91,16 +90,17 @@ class LoRALinear(AdaptedLinear):
 class CondLoRALinear(AdaptedLinear):
     """Owns no factors: a Conversion makes them from this layer's W0.
 
-    Many layers have the same Conversion; the first of them registers it as its submodule.
+    Many layers have the same Conversion. It is a submodule of the first of them, which must stay in
+    the model.
     """
 
-    def __init__(self, weight, bias, settings, conversion, is_first):
+    def __init__(self, weight, bias, settings, first=None):
         super().__init__(weight, bias, settings)
-        if is_first:
-            self.conversion = conversion
+        if first is None:
+            self.conversion = Conversion(weight, settings["rank"])
         else:
             # Not a submodule: else a state dict would repeat it for each layer.
-            object.__setattr__(self, "conversion", conversion)
+            object.__setattr__(self, "conversion", first.conversion)
 
     def factors(self):
         return self.conversion(self.weight)
@@ -121,17 +121,15 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
     linears = find_linears(model, method, targets, rank, alpha)
     model.requires_grad_(False)
     settings = dict(method=method, targets=targets, rank=rank, alpha=alpha)
-    conversions, adapted = {}, {}
+    adapted, firsts = {}, {}
     for name, linear in linears.items():
         arguments = linear.weight, linear.bias, settings
         if method == "lora":
             adapted[linear] = LoRALinear(*arguments)
         else:
-            key = target_of(name, targets), linear.weight.shape
-            is_first = key not in conversions
-            if is_first:
-                conversions[key] = Conversion(linear.weight, rank)
-            adapted[linear] = CondLoRALinear(*arguments, conversions[key], is_first)
+            alike = target_of(name, targets), linear.weight.shape
+            adapted[linear] = CondLoRALinear(*arguments, firsts.get(alike))
+            firsts.setdefault(alike, adapted[linear])
     replace(model, adapted)
     return model
 
@@ -140,7 +138,7 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
 def merge(model):
     """Let forward use W0 + dW, summed once and kept beside W0: no adapter arithmetic is left.
 
-    Until unmerge the adapter gets no gradient.
+    Until unmerge the adapter gets no gradient. After load_state_dict, merge again.
     """
     for layer in adapted_layers(model):
         layer.merged = (layer.weight + layer.delta()).to(layer.weight.dtype)
@@ -158,7 +156,8 @@ def merge_and_unload(model):
     """Turn each adapted layer, in place, into a plain nn.Linear that holds W0 + dW."""
     plain = {}
     for layer in adapted_layers(merge(model)):
-        plain[layer] = nn.Linear(*layer.weight.T.shape, bias=False, device="meta")
+        d_out, d_in = layer.weight.shape
+        plain[layer] = nn.Linear(d_in, d_out, bias=False, device="meta")
         plain[layer].weight = nn.Parameter(layer.merged, requires_grad=False)
         plain[layer].bias = layer.bias
     replace(model, plain)
@@ -184,8 +183,8 @@ def to_lora(model):
 
 def save_adapter(model, file):
     """Write the adapter's tensors, each theta once, and the settings that `adapt` was given."""
-    if not adapted_layers(model):
-        raise ValueError("the model is not adapted: there is nothing to save")
+    if not adapter_tensors(model):
+        raise ValueError("the model has no adapter of its own: there is nothing to save")
     weights = {name: p.detach().cpu().clone() for name, p in adapter_tensors(model).items()}
     torch.save({"settings": adapted_layers(model)[0].settings, "weights": weights}, file)
 
@@ -194,7 +193,8 @@ def load_adapter(model, file):
     """Read what save_adapter or train.py wrote into `model`, which is adapted first if need be.
 
     Raises ValueError where the file holds no adapter, where the model's has another method, target,
-    rank or alpha, or where a tensor is missing, unexpected or of another shape.
+    rank or alpha, or where a tensor is missing, unexpected or of another shape; a fresh model is
+    adapted then, too.
     """
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
@@ -216,10 +216,10 @@ def load_adapter(model, file):
 
 
 def copy_tensors(given, parameters):
-    """Copy {name: tensor} into {name: parameter}. Raises ValueError where names or shapes differ."""
+    """Copy {name: tensor} to {name: parameter}; ValueError where names or shapes differ."""
     for name in sorted(parameters.keys() | given.keys()):
-        shape, expected = (tuple(tensors[name].shape) if name in tensors else "not there"
-                           for tensors in (given, parameters))
+        shape = tuple(given[name].shape) if name in given else "not there"
+        expected = tuple(parameters[name].shape) if name in parameters else "not there"
         if shape != expected:
             raise ValueError(f"{name:.60} is {shape}, in the model {expected}")
     for name, parameter in parameters.items():
@@ -260,29 +260,29 @@ def find_linears(model, method, targets, rank, alpha):
     """{name: nn.Linear} of what `adapt` shall adapt. Raises ValueError where a request is wrong."""
     if method not in ("lora", "condlora"):
         raise ValueError(f"method is {method!r}: use 'lora' or 'condlora'")
-    if adapted_layers(model):
-        raise ValueError("the model is adapted already: adapt a fresh one")
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha is {alpha}: it must be a positive number")
-    # Not nn.Linear's subclasses: what they add (quantised weights, say) would be lost.
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     if not targets:
         raise ValueError("targets is empty: name the linear layers to adapt")
+    if adapted_layers(model):
+        raise ValueError("the model is adapted already: adapt a fresh one")
+    # Not nn.Linear's subclasses: what they add (quantised weights, say) would be lost.
+    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
     for target in targets:
         if not any(target_of(name, [target]) for name in linears):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
             raise ValueError(f"no nn.Linear is named {target!r}: the model has {known}")
     chosen = {name: linear for name, linear in linears.items() if target_of(name, targets)}
-    fast = {part for layer in model.modules() if isinstance(layer, nn.TransformerEncoderLayer)
-            for part in layer.modules()}
+    in_fast_path = {part for module in model.modules()
+                    if isinstance(module, nn.TransformerEncoderLayer) for part in module.modules()}
     for name, linear in chosen.items():
         most = min(linear.weight.shape)
         if not (isinstance(rank, int) and 1 <= rank <= most):
-            raise ValueError(f"rank is {rank}: for {name} it must be from 1 to {most}")
+            raise ValueError(f"rank is {rank}: for {name} it must be an int from 1 to {most}")
         if "weight" not in linear._parameters:
             raise ValueError(f"the weight of {name} is computed by a hook (spectral_norm, prune): "
                              f"remove that first")
-        if linear in fast:
+        if linear in in_fast_path:
             raise ValueError(f"{name} is part of an nn.TransformerEncoderLayer, whose fast path in "
                              f"eval mode would pass over the adapter")
     return chosen

@@ -26,7 +26,10 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
-    """Sizes and settings, named as in Hugging Face's config.json; the defaults are BERT-base's."""
+    """Sizes and settings, named as in Hugging Face's config.json; the defaults are BERT-base's.
+
+    Raises ValueError where one is of another type or out of range (`check`, below).
+    """
 
     model_type: str = "bert"  # or "roberta" or "mpnet"
     vocab_size: int = 30522
@@ -300,7 +303,7 @@ class Transformer(nn.Module):
             for last in ("weight", "bias"):
                 if last in weights:
                     key = hf_name(f"{name}.{last}", self.config.model_type)
-                    tensors[key] = weights[last].detach().cpu()
+                    tensors[key] = weights[last].detach().float().cpu()
         write_safetensors(Path(path) / "model.safetensors", tensors)
         settings = dataclasses.asdict(self.config)
         settings["num_labels"] = settings.pop("n_out")
@@ -309,8 +312,8 @@ class Transformer(nn.Module):
 
 # Hugging Face's files ----------------------------------------------------------------------------
 
-# Our names and theirs, by parts. No replacement contains a name that is replaced, so the order does
-# not matter: "attention.out." has a dot, else it would match "attention.output", too.
+# Our names and theirs, by parts. No replacement contains another name, so order does not matter:
+# "attention.out." has a dot, else it would match "attention.output", too.
 NAMES = {
     "embeddings.norm": "embeddings.LayerNorm",
     "embeddings.word": "embeddings.word_embeddings",
@@ -401,7 +404,7 @@ def read_safetensors(file):
     The file is 8 bytes with the header's length, a JSON header with each tensor's dtype, shape and
     place in bytes, then the numbers. Raises ValueError where these contradict each other.
     """
-    name = "its header"
+    name = "its header"  # for the error below
     try:
         raw = np.memmap(file, mode="c")
         length = int.from_bytes(raw[:8].tobytes(), "little")

@@ -26,17 +26,18 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import numpy as np
 import torch
 import torch.distributed as dist
-# AdamW imports this, too. Imported after the process group began, it would keep that past its end.
+# AdamW imports this, too. Imported after the process group began, it would keep that alive past its
+# end.
 import torch.distributed.nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from condlora import adapt, adapted_layers, adapter_parameters, convert, copy_tensors
+from condlora import adapt, adapted_layers, adapter_parameters, convert, copy_tensors, unmerge
 from data import checkpoint as checkpoints
 from data import glue, peft_format, tokenizer, toy
 from data.batches import Encoded, by_width, shuffled
 from data.command import between, check_writable, naming, one_line, parser_of
-from model import Config, Transformer, short
+from model import Config, Transformer, short, weights_file
 
 DATA = Path(__file__).resolve().parent / "data"
 
@@ -53,6 +54,9 @@ LEARNING_RATE = {
 EPOCHS = {"toy": 14, "glue": 20}
 BATCH_SIZE = {"toy": 32, "glue": 16}
 TARGETS = ("query", "key", "value", "out", "fc1", "fc2")
+# Options that a checkpoint does not store.
+NOT_KEPT = ("init_from", "device", "no_graphs", "out", "log", "resume", "eval_only", "predict",
+            "export")
 
 
 # Training ----------------------------------------------------------------------------------------
@@ -60,15 +64,16 @@ TARGETS = ("query", "key", "value", "out", "fc1", "fc2")
 def train(model, forward, data, metrics, args, checkpoint):
     """Train for args.epochs epochs, or those that the dict `checkpoint` lacks.
 
-    After each epoch the checkpoint is filled in and saved.
+    forward(*inputs) gives the model's logits, as fast_forward makes them. After each epoch the
+    checkpoint is filled in and saved.
     """
     split, history = data["train"], checkpoint["history"]
     device, n = split.labels.device, len(split.labels)
     optimizer = make_optimizer(model, args)
-    if args.log and IS_MASTER and not history:
-        args.log.write_text("")
     if history:
         checkpoints.unpack_state(checkpoint, model, optimizer)
+    elif args.log and IS_MASTER:
+        args.log.write_text("")
     step = make_step(forward, split, optimizer, args.grad_clip)
     if device.type == "cuda" and not args.no_graphs:
         step = Recorded(step)
@@ -114,16 +119,17 @@ def train(model, forward, data, metrics, args, checkpoint):
     constant = constant_loss(split.labels.cpu())
     if IS_MASTER and history[-1]["loss"] > 0.98 * constant:
         print(f"the last training loss, {history[-1]['loss']:.3f}, is hardly better than a "
-              f"constant answer's, {constant:.3f}: try --lr lower than {args.lr:g}")
+              f"constant answer's, {constant:.3f}: try an --lr lower than {args.lr:g}, or more "
+              f"--epochs")
 
 
 def make_step(forward, split, optimizer, grad_clip):
     """A function of a batch of `split`: one training step, which returns the summed loss."""
     [group] = optimizer.param_groups
 
-    def step(rows, width, padded):
+    def step(rows, *shape):
         share = rows[PROCESS::PROCESSES]  # all of them, where there is one process
-        inputs, labels = split.batch(share, width, padded)
+        inputs, labels = split.batch(share, *shape)
         loss = summed_loss(forward(*inputs), labels)
         optimizer.zero_grad()
         (loss / len(rows)).backward()
@@ -185,8 +191,8 @@ def outputs_of(model, forward, split, batch_size):
     """(n, n_out) on the CPU. The processes share out the batches, each of 8 * batch_size rows."""
     model.eval()
     outputs = torch.zeros(len(split.labels), model.config.n_out, device=split.labels.device)
-    for rows, *form in split.batches(by_width(split.widths, 8 * batch_size))[PROCESS::PROCESSES]:
-        inputs, _ = split.batch(rows, *form)
+    for rows, *shape in split.batches(by_width(split.widths, 8 * batch_size))[PROCESS::PROCESSES]:
+        inputs, _ = split.batch(rows, *shape)
         outputs[rows] = forward(*inputs).float()
     return sum_over_processes(outputs).cpu()
 
@@ -202,19 +208,15 @@ def text_of(figures):
 
 # The task and the model --------------------------------------------------------------------------
 
-def is_glue(task):
-    return task.lower().replace("-", "") in glue.TASKS
-
-
-def is_own(task):
-    return task not in toy.TASKS and not is_glue(task)
+def names_a_folder(task):
+    return task not in toy.TASKS and task.lower().replace("-", "") not in glue.TASKS
 
 
 def load_task(args):
     """(splits, names of the classes or (), metrics(predictions, labels)) of a task."""
     if args.task in toy.TASKS:
         return toy.load(args.task), ("0", "1"), glue.accuracy
-    if is_glue(args.task):
+    if not names_a_folder(args.task):
         metrics = lambda predictions, labels: glue.metrics(args.task, predictions, labels)
         classes = glue.TASKS[glue.canonical(args.task)].classes
         return glue.load(args.task, args.data_dir), classes, metrics
@@ -239,13 +241,13 @@ def build(args, folder, n_out):
 def find_encoder(args, checkpoint, device):
     """The folder with the pretrained encoder."""
     if args.init_from is None and checkpoint:
-        return checkpoints.find_encoder(checkpoint)
+        return checkpoints.verified_encoder(checkpoint)
     if args.init_from is None and args.task in toy.TASKS:
         return toy_encoder(args.pretrain_steps, device)
     name = args.init_from or "roberta-base"
     for folder in (Path(name), DATA / "models" / name):
         if folder.is_dir():
-            return checkpoints.find_encoder(checkpoint, folder) if checkpoint else folder
+            return checkpoints.verified_encoder(checkpoint, folder) if checkpoint else folder
     raise FileNotFoundError(f"no folder {name}, here or under {DATA / 'models'}: "
                             f"python data/download.py {name} fetches a model of that name")
 
@@ -253,7 +255,7 @@ def find_encoder(args, checkpoint, device):
 def toy_encoder(steps, device):
     """Folder of the encoder pretrained on the toy language, made the first time and kept."""
     folder = DATA / "models" / f"toy-{steps}"
-    if not (folder / "config.json").is_file():
+    if IS_MASTER and not (folder / "config.json").is_file():
         vocabulary = toy.vocabulary()
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
@@ -264,26 +266,28 @@ def toy_encoder(steps, device):
                         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
                         initializer_range=0.1)
         pretrain(config, tokenizer.load(folder), steps, device).save_pretrained(folder)
+    if PROCESSES > 1:
+        dist.barrier()  # the others wait for it
     return folder
 
 
-def pretrain(config, tok, steps, device, batch_size=64, lr=3e-3, masked=0.2):
+def pretrain(config, tok, steps, device):
     """Masked-language modelling (Devlin et al. 2019): hide a fifth of the words and guess them."""
     torch.manual_seed(0)
     model = Transformer(config).to(device)
     corpus = Encoded(glue.Split(toy.corpus(20000), [0] * 20000), tok, config.max_len, device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     rng = np.random.default_rng(0)
     bar = tqdm(range(steps), f"pretraining the toy encoder, once, on {device}", disable=NO_BAR)
     for step in bar:
-        [batch] = corpus.batches([rng.integers(len(corpus.widths), size=batch_size)])
+        [batch] = corpus.batches([rng.integers(len(corpus.widths), size=64)])
         (input_ids, token_type_ids, mask), _ = corpus.batch(*batch)
         is_word = (input_ids != tok.pad_id) & (input_ids != tok.cls_id) & (input_ids != tok.sep_id)
-        hidden = (torch.rand(input_ids.shape, device=device) < masked) & is_word
+        hidden = (torch.rand(input_ids.shape, device=device) < 0.2) & is_word
         states = model.encode(input_ids.masked_fill(hidden, tok.mask_id), token_type_ids, mask)
         logits = F.linear(states[hidden], model.embeddings.word.weight)  # inputs' and outputs'
         loss = F.cross_entropy(logits, input_ids[hidden])
-        set_learning_rate(optimizer, lr * schedule(step, steps, 0.1))
+        set_learning_rate(optimizer, 3e-3 * schedule(step, steps, 0.1))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -301,9 +305,9 @@ def run(argv):
     if PROCESSES > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     with naming(args.resume or args.eval_only):
-        complete(args, device)
+        settle(args, device)
         if args.predict or args.export:
-            use(args, checkpoint, device)
+            predict_or_export(args, checkpoint, device)
         else:
             train_and_report(args, checkpoint, device)
     if PROCESSES > 1:
@@ -319,7 +323,10 @@ def train_and_report(args, checkpoint, device):
                          f"{', '.join(checkpoint['classes']):.60}, {args.task} has others")
     folder, model = load_model(args, checkpoint, len(classes) or 1, device)
     forward = fast_forward(model, args, device)
-    data = encode(splits, folder, model, args, device)
+    n_examples = len(splits["train"].labels)
+    if args.eval_only:
+        del splits["train"]
+    data = tokenize(splits, folder, model, args, device)
     if not checkpoint:
         settings = {name: str(value) if isinstance(value, Path) else value
                     for name, value in vars(args).items() if name not in NOT_KEPT}
@@ -334,10 +341,10 @@ def train_and_report(args, checkpoint, device):
     if IS_MASTER:
         if not args.eval_only:
             checkpoints.save(checkpoint | {"results": figures}, args.out)
-        report(args, model, checkpoint, figures, len(splits["train"].labels))
+        report(args, model, checkpoint, figures, n_examples)
 
 
-def use(args, checkpoint, device):
+def predict_or_export(args, checkpoint, device):
     """Export a checkpoint's model, or print what it predicts."""
     classes = checkpoint["classes"]
     folder, model = load_model(args, checkpoint, len(classes) or 1, device)
@@ -348,13 +355,20 @@ def use(args, checkpoint, device):
         return
     lines = {"lines": read_texts(args.predict, checkpoint["n_texts"])}
     forward = fast_forward(model, args, device)
-    data = encode(lines, folder, model, args, device)
-    print_predictions(outputs_of(model, forward, data["lines"], args.batch_size), classes)
+    data = tokenize(lines, folder, model, args, device)
+    for logits in outputs_of(model, forward, data["lines"], args.batch_size):
+        if classes:
+            probability, label = logits.softmax(0).max(0)
+            print(f"{classes[label]}\t{probability:.4f}")
+        else:
+            print(f"{logits[0]:.4f}")
 
 
 def load_model(args, checkpoint, n_out, device):
     """(the encoder's folder, the model with the adapter as it begins)."""
     folder = find_encoder(args, checkpoint, device)
+    if weights_file(folder).resolve() == args.out.resolve():
+        raise ValueError(f"--out {args.out} is the encoder itself")
     torch.manual_seed(args.seed)
     model = build(args, folder, n_out).to(device)
     if checkpoint and vars(model.config) != checkpoint["config"]:
@@ -362,7 +376,7 @@ def load_model(args, checkpoint, n_out, device):
     return folder, model
 
 
-def encode(splits, folder, model, args, device):
+def tokenize(splits, folder, model, args, device):
     """{name: Encoded split}"""
     tok = tokenizer.load(folder)
     if tok.vocab_size > model.config.vocab_size:
@@ -372,13 +386,13 @@ def encode(splits, folder, model, args, device):
     return {name: Encoded(split, tok, max_len, device) for name, split in splits.items()}
 
 
-def report(args, model, checkpoint, figures, examples):
+def report(args, model, checkpoint, figures, n_examples):
     count = lambda parameters: sum(p.numel() for p in parameters)
     adapter = count(adapter_parameters(model))
     encoder = count(model.parameters()) - count(model.head.parameters()) - adapter
     trained = encoder if args.method == "full" else adapter
     history = checkpoint["history"]
-    speed = examples * len(history) / sum(epoch["seconds"] for epoch in history)
+    speed = n_examples * len(history) / sum(epoch["seconds"] for epoch in history)
     rows = {
         "task": args.task,
         "method": args.method + (f", rank {args.rank}" if adapter else ""),
@@ -411,28 +425,19 @@ def read_texts(file, n_texts):
     return glue.Split(texts, [0] * len(texts))
 
 
-def print_predictions(outputs, classes):
-    """A line each: the label and its probability, or a regression's number."""
-    for logits in outputs if IS_MASTER else ():
-        if classes:
-            probability, label = logits.softmax(0).max(0)
-            print(f"{classes[label]}\t{probability:.4f}")
-        else:
-            print(f"{logits[0]:.4f}")
-
-
 def arguments(argv):
     """(options, the checkpoint that --resume or --eval_only names or None)."""
     parser = make_parser()
     args = parser.parse_args(argv)
     file = args.resume or args.eval_only
-    if (args.predict or args.export) and not args.eval_only:
-        raise ValueError("--predict and --export ask a trained model: say which with --eval_only")
+    if (args.predict or args.export) and (not args.eval_only or PROCESSES > 1):
+        raise ValueError("--predict and --export ask a trained model, in one process: say which "
+                         "with --eval_only")
     if not file:
         return args, None
     checkpoint = checkpoints.load(file)
     # The checkpoint's settings, as words, stand before the command line's own.
-    words = ["--out", str(file)]
+    words = [f"--out={file}"]
     for name, value in checkpoint["settings"].items():
         values = [str(v) for v in (value if isinstance(value, list) else [value])]
         if name not in vars(args) or name in NOT_KEPT or any(v.startswith("-") for v in values):
@@ -444,16 +449,12 @@ def arguments(argv):
     args = parser.parse_args([*words, *argv])
     for name in checkpoint["settings"]:
         given, value = getattr(args, name), getattr(kept, name)
-        is_folder = name == "data_dir" or (name == "task" and is_own(given) and is_own(value))
-        if given != value and name != "dtype" and not is_folder:  # folders may move
+        is_folder = name == "task" and names_a_folder(given) and names_a_folder(value)
+        may_differ = is_folder or name == "data_dir" or (name == "dtype" and args.eval_only)
+        if given != value and not may_differ:
             raise ValueError(f"--{name} {given} contradicts {file}, trained with {value}: "
                              f"leave it out")
     return args, checkpoint
-
-
-# Options that a checkpoint does not store.
-NOT_KEPT = ("init_from", "device", "no_graphs", "out", "log", "resume", "eval_only", "predict",
-            "export")
 
 
 def make_parser():
@@ -514,17 +515,17 @@ def make_parser():
 
 def task_name(text):
     """The task, or the whole path of a folder of one's own."""
-    return str(Path(text).resolve()) if is_own(text) and os.path.isdir(text) else text
+    return str(Path(text).resolve()) if names_a_folder(text) and os.path.isdir(text) else text
 
 
-def complete(args, device):
+def settle(args, device):
     """Fill in what the command line leaves open; raise ValueError where it cannot be done."""
     kind = "toy" if args.task in toy.TASKS else "glue"
     args.lr = args.lr or LEARNING_RATE[kind][args.method]
     args.epochs = args.epochs or EPOCHS[kind]
     args.batch_size = args.batch_size or BATCH_SIZE[kind]
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    if args.regression and not is_own(args.task):
+    if args.regression and not names_a_folder(args.task):
         raise ValueError(f"--regression is for your own data, --task is {args.task}")
     for target in args.targets:
         if target.rpartition(".")[2] not in TARGETS:
@@ -533,7 +534,7 @@ def complete(args, device):
     if IS_MASTER and not args.eval_only:
         check_writable(args.out, "--out", b"PK")  # as torch.save's files begin
         if args.log:
-            check_writable(args.log, "--log", b"{")
+            check_writable(args.log, "--log", b'{"epoch"')
             if args.log.resolve() == args.out.resolve():
                 raise ValueError(f"--log and --out are one file, {args.log}")
 
@@ -542,20 +543,17 @@ def pick_device(name):
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     kinds = [kind for kind in there if there[kind]] + ["cpu"]
     name = name or kinds[0]
-    if name not in (*kinds, *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
-        raise ValueError(f"--device {name} is not there: use {' or '.join(kinds)}")
     if PROCESSES > 1 and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(name)
+    if name not in (*kinds, *(f"cuda:{i}" for i in range(torch.cuda.device_count()))):
+        raise ValueError(f"--device {name} is not there: use {' or '.join(kinds)}")
+    if name.startswith("cuda:"):
+        torch.cuda.set_device(name)  # streams and graphs are the current device's
     return torch.device(name)
 
 
 def be_deterministic(device):
-    """The same seed gives the same numbers.
-
-    On an H100 that costs 2% of a step's time, and 6% of a padded one's, which may not use
-    attention's fastest kernel.
-    """
+    """The same seed gives the same numbers, for a few percent of a step's time on CUDA."""
     if device.type != "mps":
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
@@ -578,15 +576,13 @@ def fast_forward(model, args, device):
     if device.type == "cuda":
         # Of the float32 products, which are the head's.
         torch.set_float32_matmul_precision("high" if bfloat16 else "highest")
-    forward = model
     if bfloat16 and args.method == "full":
-        forward = torch.autocast(device.type, torch.bfloat16)(model.forward)
-    else:
-        if bfloat16:
-            narrow_frozen_weights(model)
-        if bfloat16 or device.type == "cuda":
-            forward = with_summed_weights(model, getattr(torch, args.dtype))
-    return forward
+        return torch.autocast(device.type, torch.bfloat16)(model.forward)
+    if bfloat16:
+        narrow_frozen_weights(model)
+    if bfloat16 or device.type == "cuda":
+        return with_summed_weights(model, getattr(torch, args.dtype))
+    return model
 
 
 def narrow_frozen_weights(model):
@@ -630,10 +626,10 @@ def with_summed_weights(model, dtype):
             summed = torch.add(W0, B @ A, alpha=layers[0].scale).to(dtype)
             for layer, weight in zip(layers, summed.unbind()):
                 layer.merged = weight
-        logits = model(*inputs)
-        for layer in adapted_layers(model):
-            layer.merged = None
-        return logits
+        try:
+            return model(*inputs)
+        finally:
+            unmerge(model)
     return forward
 
 

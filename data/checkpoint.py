@@ -64,7 +64,7 @@ def sha256(folder):
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def find_encoder(checkpoint, init_from=None):
+def verified_encoder(checkpoint, init_from=None):
     """The folder of the checkpoint's encoder, or `init_from`, if its weights are the same."""
     folder = Path(init_from or checkpoint["encoder"]["path"])
     try:

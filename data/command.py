@@ -37,19 +37,19 @@ def between(kind, low, high):
 @contextmanager
 def one_line(program, stopped="stopped"):
     """A mistake in this block ends the program with a line on standard error and exit status 2."""
+    message = None
     try:
         yield
+        sys.stdout.flush()  # here, and not as Python exits
     except BrokenPipeError:  # whoever read the output has enough of it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return
     except (ValueError, OSError) as error:
         message = str(error)
     except KeyboardInterrupt:
         message = stopped
-    else:
-        return
-    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
+    if message is not None:
+        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
 
 
 @contextmanager

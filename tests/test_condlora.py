@@ -411,7 +411,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_reason_named(tmp_path):
     file.write_text("x")
     with pytest.raises(ValueError, match="adapter.pt holds no adapter"):
         load_adapter(encoder(), file)
-    with pytest.raises(ValueError, match="not adapted"):
+    with pytest.raises(ValueError, match="no adapter of its own"):
         save_adapter(encoder(), file)
 
 

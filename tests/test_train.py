@@ -197,6 +197,17 @@ def test_a_stopped_run_keeps_its_last_epoch_and_resumes_to_the_same_result(
     assert all(torch.equal(whole["last"][name], part["last"][name]) for name in whole["last"])
 
 
+def test_each_epoch_and_each_process_has_dropout_of_its_own(little, capsys, monkeypatch):
+    seeds, evaluate = set(), train.evaluate
+    monkeypatch.setattr(
+        train, "evaluate", lambda *args: seeds.add(torch.initial_seed()) or evaluate(*args)
+    )
+    for process in (0, 1):
+        monkeypatch.setattr(train, "PROCESS", process)
+        run(little, capsys)
+    assert len(seeds) == 2 * 2
+
+
 def test_a_run_that_ends_at_a_constant_answer_says_so(little, capsys):
     """sst2's labels here are half and half: a constant answer's loss is log 2."""
     out = "\n".join(run([*little, "--method", "head", "--lr", "1e-9"], capsys)[1])
@@ -274,7 +285,8 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
         (["--log", "nowhere/log"], "--log nowhere/log cannot be written"),
         (["--log", "ckpt.pt"], "--log and --out are one file, ckpt.pt"),
         (["--out", "bert/config.json"], "--out bert/config.json cannot be written: a file of anot"),
-        (["--log", "bert/vocab.txt"], "--log bert/vocab.txt cannot be written: a file of another"),
+        (["--log", "bert/config.json"], "--log bert/config.json cannot be written: a file of anot"),
+        (["--out", "bert/pytorch_model.bin"], "--out bert/pytorch_model.bin is the encoder itself"),
         (["--device", "cpu:"], "--device cpu: is not there"),
     ],
 )
