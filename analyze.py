@@ -10,12 +10,14 @@ arXiv:2403.14946, section 3), compared by the subspace similarity phi of the LoR
 
 LoRA:     the conversion matrices of every two layers. The control, which the paper lacks, is
           untrained A and B through the same W0^-1: it tells what W0 does by itself.
-CondLoRA: every layer has the same conversion matrices, the thetas. The question turns round: how
-          alike are A and B, made by one theta from different W0? The control is untrained thetas.
+CondLoRA: with square W0 every layer has the same conversion matrices, the thetas. The question
+          turns round: how alike are A and B, made by one theta from different W0? The control is
+          untrained thetas.
 """
 
 import json
 import math
+from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -98,7 +100,7 @@ def thin_svd(P, Q):
     """U (..., m, r), S (..., r), V (..., n, r) of P Q, which is never formed: P (..., m, r)."""
     U, R = torch.linalg.qr(P)
     V, T = torch.linalg.qr(Q.mT)
-    u, S, vh = torch.linalg.svd(R @ T.mT)
+    u, S, vh = torch.linalg.svd(R @ T.mT, full_matrices=False)
     return U @ u, S, V @ vh.mT
 
 
@@ -121,23 +123,28 @@ class Layer(NamedTuple):
     solve: Solver  # of W0
 
 
-def factors_of(layers, draw=None):
-    """A (L, r, d_in) and B (L, d_out, r) of the layers; with `draw`, a random generator, untrained
-    ones, CondLoRA's from one untrained theta."""
-    if draw and layers[0].thetas:
-        thetas = untrained_factors(*layers[0].thetas, draw)
+def factors_of(layers, rng=None):
+    """A (L, r, d_in) and B (L, d_out, r) of the layers.
+
+    With `rng` untrained ones; CondLoRA's then come from one untrained theta.
+    """
+    if rng and layers[0].thetas:
+        thetas = untrained_factors(*layers[0].thetas, rng)
         return convert(torch.stack([layer.W0 for layer in layers]), *thetas)
-    pairs = [untrained_factors(layer.A, layer.B, draw) if draw else (layer.A, layer.B)
+    pairs = [untrained_factors(layer.A, layer.B, rng) if rng else (layer.A, layer.B)
              for layer in layers]
     return [torch.stack(factors) for factors in zip(*pairs)]
 
 
-def untrained_factors(A, B, draw):
+def untrained_factors(A, B, rng):
     """Fresh A and B of these shapes: A uniform as adapt has it, B Gaussian (zero has no span)."""
     bound = 1 / math.sqrt(A.shape[1])
-    fresh_A = torch.empty(A.shape, dtype=torch.float64).uniform_(-bound, bound, generator=draw)
-    fresh_B = torch.randn(B.shape, dtype=torch.float64, generator=draw)
-    return fresh_A.to(A.device), fresh_B.to(B.device)
+    fresh_A = torch.empty(A.shape, dtype=torch.float64).uniform_(-bound, bound, generator=rng)
+    return fresh_A.to(A.device), gaussian(B.shape, rng).to(B.device)
+
+
+def gaussian(shape, rng):
+    return torch.randn(shape, generator=rng, dtype=torch.float64)
 
 
 def conversions_of(layers, A, B):
@@ -146,12 +153,12 @@ def conversions_of(layers, A, B):
     return {name: torch.stack([matrices[name] for matrices in C]) for name in "AB"}
 
 
-def compared_matrices(layers, draw=None):
+def compared_matrices(layers, rng=None):
     """Three stacks: X_A (L, d, r), X_B (L, d, r) and the A (L, r, d) with which BA is X_B A.
 
     LoRA: the conversion matrices. CondLoRA: A^T and B themselves, made from each layer's W0.
     """
-    A, B = factors_of(layers, draw)
+    A, B = factors_of(layers, rng)
     if layers[0].thetas:
         return A.mT, B, A
     C = conversions_of(layers, A, B)
@@ -168,6 +175,7 @@ def similarity_maps(X_A, X_B, A, i, j, side):
         "B": singular_vectors(X_B, side),
         "BA": left if side == "left" else right,
     }
+    # Every layer beside every layer.
     return {name: phi(X[:, None], X[None], i, j) for name, X in vectors.items()}
 
 
@@ -176,12 +184,12 @@ def likeness(layers, i, j, side):
 
     Where i and j are the rank, BA and B have the same left vectors, and BA's row is left out.
     """
-    draw = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(0)
     maps = lambda stacks: similarity_maps(*stacks, i, j, side)
     compared, (A, B) = compared_matrices(layers), factors_of(layers)
     trained, raw = maps(compared), maps((A.mT, B, A))
-    controls = [maps(compared_matrices(layers, draw)) for _ in range(DRAWS)]
-    randoms = [maps([gaussian(x.shape, draw).to(x.device) for x in compared])
+    controls = [maps(compared_matrices(layers, rng)) for _ in range(DRAWS)]
+    randoms = [maps([gaussian(x.shape, rng).to(x.device) for x in compared])
                for _ in range(DRAWS)]
     is_full = i == j == rank_of(layers[0]) and side == "left"
     rows = {}
@@ -199,10 +207,6 @@ def likeness(layers, i, j, side):
             "control_map": torch.stack([x[name] for x in controls]).mean(0).tolist(),
         }
     return rows
-
-
-def gaussian(shape, draw):
-    return torch.randn(shape, generator=draw, dtype=torch.float64)
 
 
 def rank_of(layer):
@@ -224,10 +228,12 @@ def mean_and_deviation(values):
 def theta_check(layers):
     """How far all layers' conversion matrices are from theta^T, and theta's singular values."""
     C = conversions_of(layers, *factors_of(layers))
-    return {name: {"largest_deviation": ((C[name] - theta.T).abs().max()
-                                         / theta.abs().max()).item(),
-                   "singular_values": torch.linalg.svdvals(theta).tolist()}
-            for name, theta in zip("AB", layers[0].thetas)}
+    rows = {}
+    for name, theta in zip("AB", layers[0].thetas):
+        deviation = (C[name] - theta.T).abs().max() / theta.abs().max()
+        rows[name] = {"largest_deviation": deviation.item(),
+                      "singular_values": torch.linalg.svdvals(theta).tolist()}
+    return rows
 
 
 def comparison(one, two, i, j):
@@ -236,19 +242,19 @@ def comparison(one, two, i, j):
     The control of C_A and C_B is untrained ones, drawn apart. Of A the right singular vectors are
     compared, which are A^T's left ones; of the others the left.
     """
-    draw = torch.Generator().manual_seed(2)
+    rng = torch.Generator().manual_seed(2)
 
     def mean_phi(X, Y):  # (L, d, r) both
         return phi(singular_vectors(X, "left"), singular_vectors(Y, "left"), i, j).mean().item()
 
     def row(X, Y):
-        randoms = gaussian((DRAWS, 2, *X.shape), draw)
+        randoms = gaussian((DRAWS, 2, *X.shape), rng)
         return {"phi": mean_phi(X, Y), "random": mean_and_deviation(mean_phi(*x) for x in randoms)}
 
     (A, B), (other_A, other_B) = factors_of(one), factors_of(two)
     C, other_C = conversions_of(one, A, B), conversions_of(two, other_A, other_B)
     rows = {"A": row(A.mT, other_A.mT), "B": row(B, other_B)}
-    controls = [[conversions_of(layers, *factors_of(layers, draw)) for layers in (one, two)]
+    controls = [[conversions_of(layers, *factors_of(layers, rng)) for layers in (one, two)]
                 for _ in range(DRAWS)]
     for name in "AB":
         control = mean_and_deviation(mean_phi(x[name], y[name]) for x, y in controls)
@@ -262,17 +268,18 @@ def amplification(layers):
     kept is ||U^T W0 V||_F in dW's directions, random the same in random ones. A large factor says
     that dW adds what W0 has little of.
     """
-    draw = torch.Generator().manual_seed(1)
+    rng = torch.Generator().manual_seed(1)
     rows = []
     for layer in layers:
         kept_in = lambda U, V: (U.T @ layer.W0 @ V).norm().item()
         U, S, V = thin_svd(layer.scale * layer.B, layer.A)
         delta, kept = S.norm().item(), kept_in(U, V)
-        bases = [[torch.linalg.qr(gaussian((d, len(S)), draw))[0].to(S.device)
+        bases = [[torch.linalg.qr(gaussian((d, len(S)), rng))[0].to(S.device)
                   for d in layer.W0.shape] for _ in range(DRAWS)]
         random = sum(kept_in(U, V) for U, V in bases) / DRAWS
         rows.append({"delta": delta, "W0": layer.W0.norm().item(), "kept": kept,
-                     "factor": delta / kept, "random": random, "random_factor": delta / random})
+                     "factor": delta / kept if kept else math.inf,
+                     "random": random, "random_factor": delta / random})
     return rows
 
 
@@ -282,8 +289,8 @@ def analyze(targets, others, i, j, side):
     result["layers"] = [layer.number for layer in next(iter(targets.values()))]
     for target, layers in targets.items():
         result["condition"][target] = [layer.solve.condition for layer in layers]
-        result["least_squares"][target] = [
-            number for number, layer in enumerate(layers) if not layer.solve.is_exact]
+        result["least_squares"][target] = [layer.number for layer in layers
+                                           if not layer.solve.is_exact]
         result["likeness"][target] = likeness(layers, i, j, side)
         result["amplification"][target] = amplification(layers)
         if layers[0].thetas:
@@ -323,13 +330,15 @@ def svg(table, title, numbers):
     low = min(row["random"][0] for row in rows)
     high = max(low + 1e-6, shown[:, :2].max().item())
     most = shown[:, 2].abs().max().item() + 1e-6
-    columns = [("trained", low, high, VIRIDIS), ("control", low, high, VIRIDIS),
-               ("trained \u2212 control", -most, most, BLUE_WHITE_RED)]
+    columns = [("trained", low, high, " (random)", VIRIDIS),
+               ("control", low, high, " (random)", VIRIDIS),
+               ("trained \u2212 control", -most, most, "", BLUE_WHITE_RED)]
 
-    cell = max(14, 168 // L)
-    side, left, top = L * cell, 100, 96
-    column, row = max(side, 168) + 40, side + 44
-    width, height = left + 3 * column, top + len(names) * row + 50
+    legend, left, top = 168, 100, 96
+    cell = max(14, legend // L)
+    size = L * cell
+    column_width, row_height = max(size, legend) + 40, size + 44
+    width, height = left + 3 * column_width, top + len(names) * row_height + 50
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" role="img" font-family="system-ui, sans-serif">',
@@ -338,47 +347,48 @@ def svg(table, title, numbers):
         f'<rect class="paper" width="{width}" height="{height}"/>',
     ]
 
-    def write(x, y, text, size=12, anchor="start"):
-        parts.append(f'<text class="ink" x="{x}" y="{y}" font-size="{size}" '
-                     f'text-anchor="{anchor}">{text}</text>')
+    def label(x, y, text, points=12, anchor="start"):
+        parts.append(f'<text class="ink" x="{x}" y="{y}" font-size="{points}" '
+                     f'text-anchor="{anchor}">{escape(text)}</text>')
 
     def box(x, y, width, height, fill, inside=""):
         parts.append(f'<rect x="{x}" y="{y}" width="{width}" height="{height}" '
                      f'fill="{fill}">{inside}</rect>')
 
-    write(16, 28, title, 16)
-    write(16, 50, f"\u03c6 of every two layers; control: the mean of {DRAWS} untrained draws "
+    label(16, 28, title, 16)
+    label(16, 50, f"\u03c6 of every two layers; control: the mean of {DRAWS} untrained draws "
                   f"through the same W0")
     for n, name in enumerate(names):
-        write(16, top + n * row + side / 2, name, 14)
-    for k, (heading, bottom, end, scale) in enumerate(columns):
-        x = left + k * column
-        write(x, top - 18, heading, 14)
+        label(16, top + n * row_height + size / 2, name, 14)
+    for k, (heading, bottom, end, note, scale) in enumerate(columns):
+        x = left + k * column_width
+        label(x, top - 18, heading, 14)
         for n, name in enumerate(names):
-            y = top + n * row
+            y = top + n * row_height
             for a in range(L):
-                write(x - 5, y + (a + 0.7) * cell, numbers[a], 9, "end")
-                write(x + (a + 0.5) * cell, y + side + 12, numbers[a], 9, "middle")
+                label(x - 5, y + (a + 0.7) * cell, numbers[a], 9, "end")
+                label(x + (a + 0.5) * cell, y + size + 12, numbers[a], 9, "middle")
                 for b in set(range(L)) - {a}:
                     value = maps[n, k, a, b].item()
                     box(x + b * cell, y + a * cell, cell - 1, cell - 1,
                         colour(value, bottom, end, scale),
                         f"<title>{name}, layers {numbers[a]} and {numbers[b]}: {value:.4f}</title>")
-        for step in range(84):
-            box(x + 2 * step, height - 40, 2.5, 10, colour(step, 0, 83, scale))
-        write(x, height - 16, f"{bottom:.3f}" + " (random)" * (k < 2), 11)
-        write(x + 168, height - 16, f"{end:.3f}", 11, "end")
+        for step in range(legend // 2):
+            box(x + 2 * step, height - 40, 2.5, 10, colour(step, 0, legend // 2 - 1, scale))
+        label(x, height - 16, f"{bottom:.3f}{note}", 11)
+        label(x + legend, height - 16, f"{end:.3f}", 11, "end")
     return "\n".join([*parts, "</svg>"])
 
 
 # The tables --------------------------------------------------------------------------------------
 
 def print_tables(result, what, compared_file):
+    inexact = result["least_squares"]
     show(["condition number of W0", *result["layers"]],
-         [[target, *(f"{value:.1e}" + (" *" if l in result["least_squares"][target] else "")
-                     for l, value in enumerate(row))]
+         [[target, *(f"{value:.1e}" + (" *" if layer in inexact[target] else "")
+                     for layer, value in zip(result["layers"], row))]
           for target, row in result["condition"].items()])
-    if any(result["least_squares"].values()):
+    if any(inexact.values()):
         print("* rectangular or singular: least squares\n")
     if "compare" in result:
         print(f"beside {compared_file}: phi between the two, mean over layers")
@@ -386,19 +396,20 @@ def print_tables(result, what, compared_file):
              [[name, f"{row['phi']:.4f}", plus_minus(row.get("control")), plus_minus(row["random"])]
               for name, row in flat(result["compare"])])
     if "theta" in result:
-        print("C_A and C_B of every layer against the one theta they share")
+        print("C_A and C_B of every layer against the one theta they share, of which least squares\n"
+              "(*) gives what W0 lets through")
         show(["", "largest deviation", "theta's singular values"],
-             [[name, f"{row['largest_deviation']:.1e}",
+             [[name, f"{row['largest_deviation']:.1e}" + " *" * bool(inexact[name.split()[0]]),
                " ".join(f"{value:.3g}" for value in row["singular_values"])]
               for name, row in flat(result["theta"])])
     print(f"{what}: mean phi over pairs of layers")
-    rows = [["", "trained", "control (untrained)", "distance", "random", "A, B themselves"]]
-    for name, row in flat(result["likeness"]):
-        rows.append([name, f"{row['trained']:.4f}", plus_minus(row["control"]),
-                     f"{row['distance']:+.1f} sd", plus_minus(row["random"]), f"{row['raw']:.4f}"])
-    if "theta" in result:  # there the last column is the first
-        rows = [row[:-1] for row in rows]
-    show(rows[0], rows[1:])
+    header = ["", "trained", "control (untrained)", "distance", "random", "A, B themselves"]
+    rows = [[name, f"{row['trained']:.4f}", plus_minus(row["control"]),
+             f"{row['distance']:+.1f} sd", plus_minus(row["random"]), f"{row['raw']:.4f}"]
+            for name, row in flat(result["likeness"])]
+    if "theta" in result:  # CondLoRA's last column would be its first
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    show(header, rows)
     print(verdict(result["likeness"]) + "\n")
     print("dW beside W0, which it changes")
     columns = ("delta", "W0", "kept", "factor", "random", "random_factor")
@@ -442,8 +453,6 @@ def plus_minus(pair):
 
 def read(file, init_from, device):
     """(task, method, {target: its Layers}) of a checkpoint, or of a folder that PEFT wrote."""
-    if not file.exists():
-        raise FileNotFoundError(f"no checkpoint {file}: python train.py writes one")
     with naming(file):
         task, method, adapted = (read_peft if file.is_dir() else read_checkpoint)(file, init_from)
         targets = {}
@@ -452,8 +461,8 @@ def read(file, init_from, device):
             W0, A, B, *thetas = (x.double().to(device) for x in (W0, A, B, *thetas))
             for what, x in (("W0", W0), ("A", A), ("B", B)):
                 if not x.isfinite().all() or not x.any():
-                    raise ValueError(f"the {what} of {name} is not finite or zero, as before "
-                                     f"training: it has no subspace to compare")
+                    raise ValueError(f"the {what} of {name} is zero, as before training, or not "
+                                     f"finite: it has no subspace to compare")
             layer = Layer(name.split(".")[1], W0, A, B, scale, tuple(thetas), Solver(W0))
             targets.setdefault(name.rpartition(".")[2], []).append(layer)
         numbers = {tuple(layer.number for layer in layers) for layers in targets.values()}
@@ -469,6 +478,7 @@ def read(file, init_from, device):
 
 
 def read_checkpoint(file, init_from):
+    """(task, method, [(name, W0, A, B, scale, thetas) of each adapted layer])"""
     checkpoint = checkpoints.load(file)
     method = checkpoint["settings"]["method"]
     if method not in ("lora", "condlora"):
@@ -476,21 +486,21 @@ def read_checkpoint(file, init_from):
                          f"condlora")
     model = Transformer.from_pretrained(checkpoints.verified_encoder(checkpoint, init_from))
     load_adapter(model, file).double()
-    adapted = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, AdaptedLinear):
-            conversion = getattr(layer, "conversion", None)
-            thetas = (conversion.theta_A, conversion.theta_B) if conversion else ()
-            adapted.append((name, layer.weight, *layer.factors(), layer.scale, thetas))
+    # Every CondLoRALinear of a target has the same Conversion.
+    thetas_of = lambda layer: layer.conversion.parameters() if method == "condlora" else ()
+    adapted = [(name, layer.weight, *layer.factors(), layer.scale, thetas_of(layer))
+               for name, layer in model.named_modules() if isinstance(layer, AdaptedLinear)]
     return checkpoint["task"], method, adapted
 
 
 def read_peft(folder, init_from):
+    """The same of a folder."""
     if not init_from:
-        raise ValueError("it is an adapter alone: say where its encoder is with --init_from")
+        raise ValueError("a folder is read as PEFT's adapter: say where its encoder is with "
+                         "--init_from")
     model = Transformer.from_pretrained(init_from)
-    adapted = [(name, model.get_submodule(name).weight, *factors, ())
-               for name, factors in peft_format.read(folder, model).items()
+    adapted = [(name, model.get_submodule(name).weight, *A_B_scale, ())
+               for name, A_B_scale in peft_format.read(folder, model).items()
                if name.startswith("layers.")]  # a head has no second layer to compare
     if not adapted:
         raise ValueError("it adapts no layer of the encoder")
@@ -502,8 +512,14 @@ def run(argv):
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     if args.device not in devices:
         raise ValueError(f"--device {args.device} is not there: use {' or '.join(devices)}")
-    picture = args.svg or args.checkpoint.with_suffix(".svg")
+    file = args.checkpoint
+    if not file.exists():
+        raise FileNotFoundError(f"no checkpoint {file}: python train.py writes one")
+    picture = Path(f"{file.resolve()}.svg") if file.is_dir() else file.with_suffix(".svg")
+    picture = args.svg or picture
     check_writable(picture, "--svg", b"<svg")
+    if args.json == picture:
+        raise ValueError(f"--svg and --json are one file, {picture}")
     if args.json:
         check_writable(args.json, "--json", b'{\n "checkpoint"')
     task, method, targets = read(args.checkpoint, args.init_from, args.device)

@@ -1,1 +1,1 @@
-"""Everything about text: a made-up language, GLUE, tokenizers, downloads."""
+"""Texts (toy, glue, tokenizer, batches) and files (command, checkpoint, peft_format, download)."""

@@ -37,15 +37,16 @@ class Encoded:
         inputs = self.input_ids[rows, :width], self.token_type_ids[rows, :width], mask
         return inputs, self.labels[rows]
 
-    def batches(self, order):
-        """[(rows, width, padded)], arguments of `batch`, for each array of row numbers in `order`.
+    def batches(self, row_lists):
+        """[(rows, width, padded)], arguments of `batch`, for each array of row numbers.
 
-        So a batch is named by a few numbers, and is cut only when its turn comes.
+        width and padded tell batches of different shape apart, which a GPU records one by one.
         """
         # One copy to the device, then split.
-        all_rows = torch.from_numpy(np.concatenate(order)).to(self.labels.device)
+        all_rows = torch.from_numpy(np.concatenate(row_lists)).to(self.labels.device)
+        sizes = [len(numbers) for numbers in row_lists]
         result = []
-        for numbers, rows in zip(order, all_rows.split([len(numbers) for numbers in order])):
+        for numbers, rows in zip(row_lists, all_rows.split(sizes)):
             width = int(self.widths[numbers].max())
             padded = bool((self.lengths[numbers] < width).any())
             result.append((rows, width, padded))
@@ -60,14 +61,12 @@ def shuffled(widths, size, seed):
     # Sorted within pools of 50 batches only, so that each epoch's batches differ.
     for start in range(0, len(order), 50 * size):
         pool = order[start:start + 50 * size]
-        batches += cut(pool[np.argsort(widths[pool], kind="stable")], size)
+        pool = pool[np.argsort(widths[pool], kind="stable")]
+        batches += np.split(pool, range(size, len(pool), size))
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
 def by_width(widths, size):
     """Arrays of row numbers: every row once, the shortest first."""
-    return cut(np.argsort(widths, kind="stable"), size)
-
-
-def cut(order, size):
-    return [order[i:i + size] for i in range(0, len(order), size)]
+    order = np.argsort(widths, kind="stable")
+    return np.split(order, range(size, len(order), size))

@@ -98,6 +98,7 @@ def unpack_state(checkpoint, model, optimizer):
     state = checkpoint["optimizer"]
     expected = {i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
                 for i, p in enumerate(group["params"])}
+    # AdamW has floats only: whatever else there is must not equal what is expected.
     given = {i: {name: x.shape for name, x in values.items() if x.is_floating_point()}
              for i, values in state.items()}
     if given != expected:

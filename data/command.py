@@ -54,7 +54,7 @@ def one_line(program, stopped="stopped"):
 
 @contextmanager
 def naming(file):
-    """An error in this block begins with the file, if there is one, that the work began with."""
+    """Put `file`, if there is one, before the message of an error in this block."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:

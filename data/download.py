@@ -27,43 +27,36 @@ from tqdm import tqdm
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))  # this file is run as a program
 
+from data import glue
 from data.command import one_line, parser_of
 
 HUB = "https://huggingface.co"
 GLUE = "https://dl.fbaipublicfiles.com/glue/data"
 SENTEVAL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
-ARCHIVES = {
-    "cola": "CoLA", "sst2": "SST-2", "stsb": "STS-B", "qqp": "QQP-clean", "mnli": "MNLI",
-    "qnli": "QNLIv2", "rte": "RTE", "wnli": "WNLI",
-}
-FOLDERS = ARCHIVES | {"qqp": "QQP", "qnli": "QNLI", "mrpc": "MRPC"}
+ARCHIVES = {"qqp": "QQP-clean", "qnli": "QNLIv2"}  # the others are named as their folders
 
 
 def get(name, data=DATA):
     """Fetch one task or model, unless it is there; returns its folder."""
     task = name.lower().replace("-", "")
-    if task in FOLDERS:
+    if task in glue.TASKS:
         name, fill = task, glue_task
-        folder = data / "glue" / FOLDERS[task]
-    elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        folder = data / "glue" / glue.TASKS[task].folder
+    elif re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII):
         fill = hub_model
         folder = data / "models" / name
     else:
-        raise ValueError(f"{name!r} is neither a GLUE task ({', '.join(sorted(FOLDERS))}) "
+        raise ValueError(f"{name!r} is neither a GLUE task ({', '.join(glue.TASKS)}) "
                          f"nor the name of a model")
     if folder.exists():
         print(f"{folder} is there already")
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Filled under another name, beside it, and renamed when whole.
-    partial = tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".part", dir=folder.parent)
-    partial = Path(partial)
-    try:
-        fill(name, partial)
-        partial.chmod(0o755)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with tempfile.TemporaryDirectory(".part", f".{folder.name}.", folder.parent) as partial:
+        fill(name, Path(partial))
+        os.chmod(partial, 0o755)
+        os.rename(partial, folder)
     print(folder)
     return folder
 
@@ -95,10 +88,11 @@ def glue_task(task, folder):
         dev_ids = fetch_or_fail(f"{GLUE}/mrpc_dev_ids.tsv", folder)
         split_mrpc(sentences, dev_ids, folder)
         return
-    archive = fetch_or_fail(f"{GLUE}/{ARCHIVES[task]}.zip", folder)
+    inside = glue.TASKS[task].folder
+    archive = fetch_or_fail(f"{GLUE}/{ARCHIVES.get(task, inside)}.zip", folder)
     unpack(archive, folder)
     archive.unlink()
-    for file in (folder / FOLDERS[task]).glob("*"):  # the archive has a folder of its own
+    for file in (folder / inside).glob("*"):
         file.rename(folder / file.name)
 
 
@@ -150,13 +144,9 @@ def fetch(url, folder):
     request = urllib.request.Request(url, headers={"User-Agent": "condlora"})
     try:
         with urllib.request.urlopen(request, timeout=60) as answer, open(file, "wb") as out:
-            length = answer.headers.get("Content-Length", "")
-            expected = int(length) if re.fullmatch("[0-9]{1,18}", length) else None
-            with tqdm(desc=file.name, total=expected, unit="B", unit_scale=True,
-                      disable=None) as bar:
-                while chunk := answer.read(1 << 20):
-                    out.write(chunk)
-                    bar.update(len(chunk))
+            expected = answer.length  # None where the server does not say
+            with tqdm.wrapattr(out, "write", expected, desc=file.name, disable=None) as bar:
+                shutil.copyfileobj(answer, bar, 1 << 20)
     except urllib.error.HTTPError as error:
         if error.code in (401, 403, 404):  # the hub says 401 of a repository that is not there
             return None

@@ -59,9 +59,9 @@ def load(task, root):
         if not file.is_file():
             raise FileNotFoundError(f"no {file}: python data/download.py {name} fetches it, "
                                     f"--data_dir says where it is")
-    splits = held_out(read(task, files[0]), files[0])
+    splits = held_out(read_split(task, files[0]), files[0])
     for split, file in zip(("test", "test_mismatched"), files[1:]):
-        splits[split] = read(task, file)
+        splits[split] = read_split(task, file)
     return splits
 
 
@@ -76,14 +76,15 @@ def load_folder(folder, regression=False):
     if not file.is_file():
         raise FileNotFoundError(f"no {file}: a task's folder has train.tsv")
     texts = ("text",) if "text" in rows_of(file)[0] else ("text1", "text2")
-    task = Task("", texts, "label", () if regression else None, scores=(-1e30, 1e30))
+    task = Task("", texts, "label", () if regression else None, scores=(-1e15, 1e15))
     if not regression:
-        task = task._replace(classes=tuple(sorted(set(read(task, file).labels))))
+        # Read once for the names of the classes, and below for their ids.
+        task = task._replace(classes=tuple(sorted(set(read_split(task, file).labels))))
         if len(task.classes) == 1:
             raise ValueError(f"{file} has one label only, {task.classes[0]!r:.40}")
-    splits = held_out(read(task, file), file)
+    splits = held_out(read_split(task, file), file)
     if dev.is_file():
-        splits["test"] = read(task, dev)
+        splits["test"] = read_split(task, dev)
     return splits, task.classes
 
 
@@ -120,7 +121,7 @@ def rows_of(file):
     return rows
 
 
-def read(task, file):
+def read_split(task, file):
     rows = rows_of(file)
     if task.folder == "CoLA":  # the one file without a header
         header, first = ["source", "label", "original_label", "sentence"], 1
@@ -134,10 +135,10 @@ def read(task, file):
         raise ValueError(f"{file} has no rows")
     text_columns = [header.index(name) for name in task.texts]
     label_column = header.index(task.label)
+    is_own = not task.folder  # GLUE's own files have rows of odd lengths
     texts, labels = [], []
     for number, row in enumerate(rows, first):
         where = f"{file}, line {number}"
-        is_own = not task.folder  # GLUE's own files have rows of odd lengths
         if len(row) <= max(label_column, *text_columns) or (is_own and len(row) != len(header)):
             raise ValueError(f"{where}: {len(row)} columns, expected {len(header)}")
         texts.append(tuple(row[i] for i in text_columns))

@@ -23,6 +23,7 @@ def export(model, encoder, folder):
     as the head has outputs. Raises ValueError where there is no adapter.
     """
     kind = model.config.model_type
+    # hf_name knows "attention.out." by its dot.
     layers = {hf_name(f"{name}.", kind)[:-1]: layer for name, layer in model.named_modules()
               if isinstance(layer, AdaptedLinear)}
     if not layers:

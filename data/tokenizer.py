@@ -3,14 +3,16 @@
     tok = load("data/models/roberta-base")
     input_ids, token_type_ids = tok.encode("A first sentence.", "Perhaps a second.", max_len=128)
 
-A tokenizer is two steps: text to words by fixed rules, then each word to pieces by a learned
-vocabulary. Words repeat, so the second step is remembered for each word. WordPiece is BERT's and
-MPNet's (Wu et al. 2016, arXiv:1609.08144), byte-level BPE RoBERTa's (Radford et al. 2019).
+A tokenizer is two steps: text to words by fixed rules (CLEAN, WORD and so on, below the classes),
+then each word to pieces by a learned vocabulary. Words repeat, so the second step is remembered for
+each word. WordPiece is BERT's and MPNet's (Wu et al. 2016, arXiv:1609.08144), byte-level BPE
+RoBERTa's (Radford et al. 2019).
 """
 
 import re
 import unicodedata
 from functools import lru_cache
+from itertools import count
 from pathlib import Path
 
 from model import check, read_json, short
@@ -102,11 +104,7 @@ class WordPiece(Tokenizer):
                 text = text.replace("\u03a3", "\u03c3")
         if self.lower:
             text = text.lower()
-        for chunk in text.split():
-            if chunk.isalnum():  # most words: nothing to split
-                yield chunk
-            else:
-                yield from split_punctuation(chunk)
+        return text.translate(SPACED).split()
 
     def ids_of_word(self, word):
         if len(word) > 100:
@@ -198,7 +196,16 @@ def class_of(c):
     return {"L": "a", "N": "0"}.get(unicodedata.category(c)[0], "!")
 
 
-CLEAN, CLASSES = Rule(clean), Rule(class_of)
+def spaced(c):
+    """BERT's: a sign is a word of its own: Unicode's punctuation, and all of ASCII's signs."""
+    if c.isascii():
+        is_sign = c.isprintable() and not c.isalnum() and c != " "
+    else:
+        is_sign = unicodedata.category(c)[0] == "P"
+    return f" {c} " if is_sign else c
+
+
+CLEAN, CLASSES, SPACED = Rule(clean), Rule(class_of), Rule(spaced)
 # Hugging Face's ranges, though the last but one begins 256 characters after Unicode's.
 CHINESE = re.compile(
     "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f"
@@ -209,29 +216,8 @@ WORD = re.compile(
     r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
 # GPT-2's alphabet: a printable character for each byte, its own where it has one.
 PRINTABLE = {*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)}
-BYTES = [chr(byte) if byte in PRINTABLE else None for byte in range(256)]
-for number, byte in enumerate(byte for byte in range(256) if BYTES[byte] is None):
-    BYTES[byte] = chr(256 + number)
-
-
-@lru_cache(maxsize=None)
-def is_punctuation(c):
-    """BERT's: Unicode's punctuation, and all of ASCII's signs."""
-    if c.isascii():
-        return c.isprintable() and not c.isalnum() and c != " "
-    return unicodedata.category(c)[0] == "P"
-
-
-def split_punctuation(chunk):
-    start = 0
-    for i, c in enumerate(chunk):
-        if is_punctuation(c):
-            if start < i:
-                yield chunk[start:i]
-            yield c
-            start = i + 1
-    if start < len(chunk):
-        yield chunk[start:]
+others = count(256)
+BYTES = [chr(byte if byte in PRINTABLE else next(others)) for byte in range(256)]
 
 
 # Reading a folder --------------------------------------------------------------------------------

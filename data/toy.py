@@ -21,9 +21,11 @@ import numpy as np
 from .glue import Split
 
 TASKS = ("toy", "toy-agree")
+ROWS = {"train": slice(6000), "validation": slice(6000, 6500), "test": slice(6500, 8500)}
 KINDS = range(4)
 NUMBERS = range(2)  # 0 singular, 1 plural
 CONCEPTS = 2  # nouns of a kind, each with a synonym
+# A letter of each; the last may be missing.
 SYLLABLES = ("bdfgjklmnprstvz", "aeiou", "bdfgklmnprst", "aeiou", "klmnrst ")
 
 
@@ -50,20 +52,15 @@ class Lexicon:
         self.adjectives = [two() for kind in KINDS]
         self.verbs = [[two() for number in NUMBERS] for kind in KINDS]
 
-    def words(self):
-        """All of them, in one list."""
-        def flat(x):
-            return [x] if isinstance(x, str) else [word for y in x for word in flat(y)]
-        return flat([self.determiners, self.prepositions, self.names, self.nouns,
-                     self.adjectives, self.verbs])
-
 
 LEXICON = Lexicon()
 
 
 def vocabulary():
     """Lines of a vocab.txt: BERT's special tokens, then the words."""
-    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LEXICON.words()]
+    def flat(x):
+        return [x] if isinstance(x, str) else [word for y in x for word in flat(y)]
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *flat(vars(LEXICON).values())]
 
 
 class Speaker:
@@ -109,10 +106,10 @@ class Speaker:
         while beside[:2] == subject[:2]:
             beside = self.thing()
         first = self.sentence(subject, beside, verb)
+        if not true and self.rng.random() >= 0.5:  # another noun of the same kind
+            kind, concept, number = subject
+            return first, self.sentence((kind, 1 - concept, number), verb=verb)
         if not true:
-            if self.rng.random() >= 0.5:
-                kind, concept, number = subject
-                return first, self.sentence((kind, 1 - concept, number), verb=verb)
             verb = 1 - verb
         return first, self.sentence(subject, verb=verb, by_name=self.rng.random() < 0.3)
 
@@ -125,28 +122,19 @@ class Speaker:
         return (self.sentence(subject, beside, verb, number if true else 1 - number),)
 
 
-def corpus(n, seed=0):
+def corpus(n):
     """n texts of two sentences, to pretrain on."""
-    speaker = Speaker(seed)
+    speaker = Speaker(seed=0)
     return [speaker.entailment(True) for _ in range(n)]
 
 
-def load(task="toy", train=6000, validation=500, test=2000):
-    """{"train", "validation", "test"} of Splits of these sizes, labels 1 (true) and 0.
-
-    No example stands twice. Raises ValueError where there is no such task.
-    """
-    if task not in TASKS:
-        raise ValueError(f"task is {task!r}: the toy language has {', '.join(TASKS)}")
-    speaker = Speaker([1, TASKS.index(task)])  # not the corpus's seed
+def load(task="toy"):
+    """{"train", "validation", "test"} of Splits, labels 1 (true) and 0. No example stands twice."""
+    speaker = Speaker(seed=[1, TASKS.index(task)])  # not the corpus's
     example = speaker.entailment if task == "toy" else speaker.agreement
     examples = {}
-    while len(examples) < train + validation + test:
+    while len(examples) < ROWS["test"].stop:
         label = speaker.below(2)
         examples.setdefault(example(label), label)
     texts, labels = list(examples), list(examples.values())
-    splits, begin = {}, 0
-    for name, size in (("train", train), ("validation", validation), ("test", test)):
-        splits[name] = Split(texts[begin:begin + size], labels[begin:begin + size])
-        begin += size
-    return splits
+    return {name: Split(texts[rows], labels[rows]) for name, rows in ROWS.items()}

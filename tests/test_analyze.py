@@ -373,7 +373,7 @@ def test_two_checkpoints_compare_in_either_order(checkpoint, capsys):
 
 def test_rectangular_targets_are_marked_as_least_squares(checkpoint, capsys):
     out = run(capsys, checkpoint("lora", "--targets", "fc1", "query"), "--json", "out.json")
-    assert json.load(open("out.json"))["least_squares"] == {"query": [], "fc1": [0, 1]}
+    assert json.load(open("out.json"))["least_squares"] == {"query": [], "fc1": ["0", "1"]}
     assert "* rectangular or singular: least squares" in out
     out = run(capsys, checkpoint("condlora", "--targets", "fc1", "fc2"), "--json", "out.json")
     assert set(json.load(open("out.json"))["theta"]) == {"fc1", "fc2"}
@@ -412,8 +412,8 @@ def test_a_mistake_gets_one_line_and_exit_status_2(checkpoint, capsys, tmp_path,
         damaged = torch.load(lora, weights_only=True)
         change(damaged["weights"]["layers.1.attention.value.B"])
         torch.save(damaged, f"{name}.pt")
-    assert "the B of layers.1.attention.value is not finite or zero" in fails(capsys, "zero.pt")
-    assert "the B of layers.1.attention.value is not finite or" in fails(capsys, "nan.pt")
+    for name in ("zero.pt", "nan.pt"):
+        assert "the B of layers.1.attention.value is zero, as before t" in fails(capsys, name)
     moved = bert_folder.rename(tmp_path / "moved")
     assert "not at" in (line := fails(capsys, lora)) and "--init_from" in line
     assert "mean phi" in run(capsys, lora, "--init_from", moved)
