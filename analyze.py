@@ -389,15 +389,14 @@ def print_tables(result, what, compared_file):
                      for layer, value in zip(result["layers"], row))]
           for target, row in result["condition"].items()])
     if any(inexact.values()):
-        print("* rectangular or singular: least squares\n")
+        print("* rectangular or singular: least squares, which sees of theta what W0 lets through\n")
     if "compare" in result:
         print(f"beside {compared_file}: phi between the two, mean over layers")
         show(["", "between the two", "control (untrained)", "random"],
              [[name, f"{row['phi']:.4f}", plus_minus(row.get("control")), plus_minus(row["random"])]
               for name, row in flat(result["compare"])])
     if "theta" in result:
-        print("C_A and C_B of every layer against the one theta they share, of which least squares\n"
-              "(*) gives what W0 lets through")
+        print("C_A and C_B of every layer against the one theta they share")
         show(["", "largest deviation", "theta's singular values"],
              [[name, f"{row['largest_deviation']:.1e}" + " *" * bool(inexact[name.split()[0]]),
                " ".join(f"{value:.3g}" for value in row["singular_values"])]

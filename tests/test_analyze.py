@@ -374,7 +374,7 @@ def test_two_checkpoints_compare_in_either_order(checkpoint, capsys):
 def test_rectangular_targets_are_marked_as_least_squares(checkpoint, capsys):
     out = run(capsys, checkpoint("lora", "--targets", "fc1", "query"), "--json", "out.json")
     assert json.load(open("out.json"))["least_squares"] == {"query": [], "fc1": ["0", "1"]}
-    assert "* rectangular or singular: least squares" in out
+    assert "* rectangular or singular: least squares, which" in out
     out = run(capsys, checkpoint("condlora", "--targets", "fc1", "fc2"), "--json", "out.json")
     assert set(json.load(open("out.json"))["theta"]) == {"fc1", "fc2"}
     # fc2 is 8x12, so that random C_A (8, 3) is as like as 3 of 8 dimensions, A (3, 12) as 3 of 12.
