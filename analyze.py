@@ -389,7 +389,7 @@ def print_tables(result, what, compared_file):
                      for layer, value in zip(result["layers"], row))]
           for target, row in result["condition"].items()])
     if any(inexact.values()):
-        print("* rectangular or singular: least squares, which sees of theta what W0 lets through\n")
+        print("* rectangular or singular: least squares, which sees only what W0 lets through\n")
     if "compare" in result:
         print(f"beside {compared_file}: phi between the two, mean over layers")
         show(["", "between the two", "control (untrained)", "random"],
