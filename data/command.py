@@ -15,7 +15,7 @@ def parser_of(doc):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(message):  # without the usage
-        raise ValueError(message)
+        raise ValueError(message[:250])
     parser.error = error
     return parser
 
