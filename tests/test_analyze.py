@@ -460,18 +460,24 @@ def test_layers_that_cannot_be_paired_are_refused(checkpoint, capsys):
     assert "layers named query have different thetas" in fails(capsys, apart)
 
 
-def test_the_control_of_two_condloras_is_one_untrained_theta_for_all_layers(checkpoint, capsys):
-    """So every layer has the same phi, and the mean over layers is that of one draw."""
-    condlora = checkpoint("condlora")
-    run(capsys, condlora, "--compare", condlora, "--json", "out.json")
+@pytest.mark.parametrize("first", ["condlora", "lora"])
+def test_a_comparisons_control_is_untrained_factors_of_each_sides_own_kind(
+    checkpoint, capsys, bert_folder, first
+):
+    """One untrained theta for all layers of CondLoRA, A of its own for each layer of LoRA."""
+    run(capsys, checkpoint(first), "--compare", checkpoint("condlora"), "--json", "out.json")
     row = json.load(open("out.json"))["compare"]["query"]["C_A"]
+    encoder = torch.load(bert_folder / "pytorch_model.bin", weights_only=True)
+    W0 = [encoder[f"bert.encoder.layer.{l}.attention.self.query.weight"].double() for l in range(2)]
     draw, values = torch.Generator().manual_seed(2), []
     drawn = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
     drawn(10, 2, 2, 8, 3), drawn(10, 2, 2, 8, 3)  # the random baselines of A and B come before
+    untrained = lambda *B: analyze.untrained_factors(torch.empty(3, 8), torch.empty(B), draw)[0].T
     for _ in range(10):
-        thetas = []
-        for _ in range(2):
-            theta_A, _ = analyze.untrained_factors(torch.empty(3, 8), torch.empty(3, 8), draw)
-            thetas.append(theta_A.T)
-        values.append(subspace_similarity(*thetas, 3, 3))
+        if first == "lora":
+            C = [torch.linalg.solve(W, untrained(8, 3)) for W in W0]
+        else:
+            C = [untrained(3, 8)] * 2
+        theta_A = untrained(3, 8).T
+        values.append(np.mean([subspace_similarity(c, theta_A.T, 3, 3) for c in C]))
     assert row["control"] == pytest.approx([np.mean(values), np.std(values, ddof=1)])

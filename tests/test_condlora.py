@@ -276,7 +276,7 @@ def test_no_conversion_is_left_where_the_adapted_model_is_a_part_of_another():
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_to_lora_keeps_the_output_and_unties_the_layers(merged):
+def test_to_lora_keeps_the_output_and_unties_the_layers(tmp_path, merged):
     model = trained(adapt(encoder(), targets=("query", "fc2")))
     expected, delta = model(IDS), model.layers[2].fc2.delta()
     to_lora(merge(model) if merged else model)
@@ -288,6 +288,10 @@ def test_to_lora_keeps_the_output_and_unties_the_layers(merged):
     assert torch.equal(model.layers[2].fc2.delta(), delta)
     parameters = adapter_parameters(model)
     assert len(parameters) == 3 * 2 * 2 and all(p.requires_grad for p in parameters)
+    save_adapter(model, tmp_path / "adapter.pt")
+    fresh = load_adapter(encoder(), tmp_path / "adapter.pt")
+    assert {type(layer) for layer in adapted_layers(fresh)} == {LoRALinear}
+    assert torch.equal(fresh(IDS), model(IDS))
 
 
 @pytest.mark.parametrize("mode", [True, False])
