@@ -304,6 +304,12 @@ def test_the_picture_has_a_cell_for_each_two_layers_coloured_from_random_to_the_
     assert (tmp_path / "other.svg").is_file()
 
 
+def test_a_title_with_signs_of_xml_leaves_the_picture_whole():
+    row = {"map": [[1.0, 0.2], [0.2, 1.0]], "control_map": [[1.0, 0.1], [0.1, 1.0]]}
+    drawn = analyze.svg({"query": {"A": row | {"random": (0.1, 0.0)}}}, "R&D <one>", ["0", "1"])
+    assert "R&D <one>" in "".join(ElementTree.fromstring(drawn).itertext())
+
+
 def test_colours_run_over_the_scale_and_stop_at_its_ends():
     scale = [(0, 0, 0), (100, 200, 50), (255, 255, 255)]
     assert [analyze.colour(x, 2, 4, scale) for x in (1, 2, 2.5, 3, 4, 9)] == [
@@ -406,6 +412,7 @@ def test_a_mistake_gets_one_line_and_exit_status_2(checkpoint, capsys, tmp_path,
     )
     assert "--device tpu is not there: use" in fails(capsys, lora, "--device", "tpu")
     assert "invalid choice: 'top'" in fails(capsys, lora, "--side", "top")
+    assert "--svg and --json are one file" in fails(capsys, lora, "--svg", "x", "--json", "x")
     for option in ("--svg", "--json"):
         assert f"{option} lora.pt cannot be written" in fails(capsys, "lora.pt", option, "lora.pt")
     for name, change in (("zero", lambda w: w.zero_()), ("nan", lambda w: w.fill_(float("nan")))):
