@@ -473,6 +473,8 @@ def test_a_checkpoint_that_does_not_fit_is_said(little, capsys, tmp_path, bert_f
     assert "--rank 4 contradicts ckpt.pt, trained with 2" in fails(
         ["--eval_only", "ckpt.pt", "--rank", "4"], capsys
     )
+    resume = ["--resume", "ckpt.pt", "--dtype", "bfloat16"]
+    assert "--dtype bfloat16 contradicts ckpt.pt, trained with float32" in fails(resume, capsys)
     (tmp_path / "bad.pt").write_bytes(before[:1000])
     assert "bad.pt is not a checkpoint of train.py" in fails(["--eval_only", "bad.pt"], capsys)
     moved = tmp_path / "moved"
