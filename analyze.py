@@ -342,6 +342,7 @@ def svg(table, title, numbers):
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" role="img" font-family="system-ui, sans-serif">',
+        "<!-- made by analyze.py -->",
         "<style>.paper{fill:#ffffff} .ink{fill:#1f2328} @media (prefers-color-scheme: dark)"
         "{.paper{fill:#0d1117} .ink{fill:#e6edf3}}</style>",
         f'<rect class="paper" width="{width}" height="{height}"/>',
@@ -516,8 +517,8 @@ def run(argv):
         raise FileNotFoundError(f"no checkpoint {file}: python train.py writes one")
     picture = Path(f"{file.resolve()}.svg") if file.is_dir() else file.with_suffix(".svg")
     picture = args.svg or picture
-    check_writable(picture, "--svg", b"<svg")
-    if args.json == picture:
+    check_writable(picture, "--svg", b"made by analyze.py")
+    if args.json and args.json.resolve() == picture.resolve():
         raise ValueError(f"--svg and --json are one file, {picture}")
     if args.json:
         check_writable(args.json, "--json", b'{\n "checkpoint"')

@@ -414,12 +414,14 @@ def read_texts(file, n_texts):
         text = text.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8: {error}") from None
+    except OSError as error:
+        raise ValueError(f"--predict {file} cannot be read: {error.strerror}") from None
     lines = text.removesuffix("\n").split("\n") if text else []
     texts = [tuple(line.removesuffix("\r").split("\t")) for line in lines]
     for number, columns in enumerate(texts, 1):
         if len(columns) != n_texts:
-            raise ValueError(f"{file}, line {number}: {len(columns)} texts, with a tab between "
-                             f"them; the model was trained on {n_texts}")
+            raise ValueError(f"{file}, line {number}: {len(columns)} texts, the model was trained "
+                             f"on {n_texts}, with a tab between")
     if not texts:
         raise ValueError(f"{file} has no lines")
     return glue.Split(texts, [0] * len(texts))
@@ -532,7 +534,8 @@ def settle(args, device):
             raise ValueError(f"--targets {target:.40} names no linear layer of the encoder: "
                              f"use {', '.join(TARGETS)}")
     if IS_MASTER and not args.eval_only:
-        check_writable(args.out, "--out", b"PK")  # as torch.save's files begin
+        # As checkpoints.save begins it; what is resumed is a checkpoint, whoever wrote it.
+        check_writable(args.out, "--out", b"PK" if args.resume else b"archive/data.pkl")
         if args.log:
             check_writable(args.log, "--log", b'{"epoch"')
             if args.log.resolve() == args.out.resolve():

@@ -74,18 +74,19 @@ def write(file, data):
         raise OSError(f"{file} cannot be written: {error.strerror}") from None
 
 
-def check_writable(file, option, begins):
+def check_writable(file, option, mark):
     """Raise ValueError now where `write` could not write what `option` names.
 
-    Or where it would replace a file of another kind: ours begin with the bytes `begins`.
+    Or where it would replace a file of another kind: ours have the bytes `mark` near the beginning.
     """
     try:
         if file.exists():
             if not file.is_file():
                 raise ValueError("it is no file")
             with open(file, "rb") as there:
-                if there.read(len(begins)) not in (begins, b""):
-                    raise ValueError("a file of another kind is there")
+                begin = there.read(500)
+            if begin and mark not in begin:
+                raise ValueError("a file of another kind is there")
         beside(file).write_bytes(b"")
         beside(file).unlink()
     except (OSError, ValueError) as error:
@@ -94,4 +95,4 @@ def check_writable(file, option, begins):
 
 
 def beside(file):
-    return file.with_name(file.name + ".part")
+    return file.with_name(file.name + ".condlora.part")

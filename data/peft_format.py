@@ -20,7 +20,7 @@ def export(model, encoder, folder):
     """Write the adapter, CondLoRA's as the LoRA that it makes, and the head into `folder`.
 
     It is for transformers' AutoModelForSequenceClassification of `encoder`, with as many labels
-    as the head has outputs. Raises ValueError where there is no adapter.
+    as the head has outputs. Raises ValueError where there is no adapter, or the folder is not new.
     """
     kind = model.config.model_type
     # hf_name knows "attention.out." by its dot.
@@ -46,6 +46,8 @@ def export(model, encoder, folder):
         "target_modules": list(layers),
         "modules_to_save": ["pooler", "classifier"] if kind == "bert" else ["classifier"],
     }
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise ValueError(f"--export {folder} is there already: name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "adapter_model.safetensors", tensors)
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")

@@ -284,15 +284,19 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
         (["--out", "a" * 252 + ".pt"], "cannot be written: File name too long"),
         (["--log", "nowhere/log"], "--log nowhere/log cannot be written"),
         (["--log", "ckpt.pt"], "--log and --out are one file, ckpt.pt"),
+        (["--out", "bert/adapter.zip"], "--out bert/adapter.zip cannot be written: a file of anot"),
         (["--out", "bert/config.json"], "--out bert/config.json cannot be written: a file of anot"),
         (["--log", "bert/config.json"], "--log bert/config.json cannot be written: a file of anot"),
-        (["--out", "bert/pytorch_model.bin"], "--out bert/pytorch_model.bin is the encoder itself"),
+        (["--out", "bert/pytorch_model.bin"], "pytorch_model.bin cannot be written: a file of another"),
         (["--device", "cpu:"], "--device cpu: is not there"),
     ],
 )
-def test_a_mistake_gets_one_line_and_exit_status_2(little, capsys, arguments, words):
+def test_a_mistake_gets_one_line_and_exit_status_2(
+    little, capsys, bert_folder, arguments, words
+):
     import re
 
+    torch.save({}, bert_folder / "adapter.zip")  # a zip, as a checkpoint is, but somebody else's
     assert re.search(words, fails([*little, *arguments], capsys))
 
 
@@ -402,6 +406,8 @@ def test_an_exported_adapter_has_pefts_names_and_the_checkpoints_update(
         if kind == "bert"
         else ["classifier.dense", "classifier.out_proj"]
     )
+    again = ["--eval_only", "ckpt.pt", "--export", "peft", "--device", "cpu"]
+    assert "--export peft is there already" in fails(again, capsys)
     assert settings["target_modules"] == modules
     assert (settings["r"], settings["lora_alpha"]) == (2, 8)
     assert sorted(tensors) == sorted(
