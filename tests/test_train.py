@@ -287,7 +287,7 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
         (["--out", "bert/adapter.zip"], "--out bert/adapter.zip cannot be written: a file of anot"),
         (["--out", "bert/config.json"], "--out bert/config.json cannot be written: a file of anot"),
         (["--log", "bert/config.json"], "--log bert/config.json cannot be written: a file of anot"),
-        (["--out", "bert/pytorch_model.bin"], "pytorch_model.bin cannot be written: a file of another"),
+        (["--out", "bert/pytorch_model.bin"], "pytorch_model.bin cannot be written: a file of an"),
         (["--device", "cpu:"], "--device cpu: is not there"),
     ],
 )
