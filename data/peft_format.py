@@ -46,7 +46,7 @@ def export(model, encoder, folder):
         "target_modules": list(layers),
         "modules_to_save": ["pooler", "classifier"] if kind == "bert" else ["classifier"],
     }
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise ValueError(f"--export {folder} is there already: name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "adapter_model.safetensors", tensors)
