@@ -1,4 +1,4 @@
-"""Are the matrices that turn W0 into A, B and BA alike across layers?
+"""Are the matrices that turn W0 into A, B and BA similar across layers?
 
     python analyze.py ckpt.pt                        # tables; the picture goes to ckpt.svg
     python analyze.py ckpt.pt --compare other.pt     # LoRA and CondLoRA, or two seeds
@@ -6,18 +6,17 @@
 
 For each layer  C_A = W0^-1 A^T,  C_B = W0^-1 B,  C_BA = W0^-1 B A  (Kim et al. 2024,
 arXiv:2403.14946, section 3), compared by the subspace similarity phi of the LoRA paper (Hu et al.
-2022, arXiv:2106.09685, section 7.2): 0 for orthogonal subspaces, 1 where one holds the other.
+2022, arXiv:2106.09685, section 7.2): 0 for orthogonal subspaces, 1 if one contains the other.
 
 LoRA:     the conversion matrices of every two layers. The control, which the paper lacks, is
           untrained A and B through the same W0^-1: it tells what W0 does by itself.
-CondLoRA: with square W0 every layer has the same conversion matrices, the thetas. The question
-          turns round: how alike are A and B, made by one theta from different W0? The control is
+CondLoRA: with square W0 every layer has the same conversion matrices, the thetas. The question is
+          reversed: how similar are A and B, made by one theta from different W0? The control is
           untrained thetas.
 """
 
 import json
 import math
-from html import escape
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,57 +24,51 @@ import torch
 from tqdm import tqdm
 
 from condlora import AdaptedLinear, convert, load_adapter
-from data import checkpoint as checkpoints
-from data import peft_format
-from data.command import check_writable, naming, one_line, parser_of, write
-from model import Transformer
+from data import checkpoint, peft_format, pretrained
+from data.command import check_outputs, one_line, parser_of, reading, write
+from data.picture import Picture, colour
 
-DRAWS = 10  # of each random baseline
+DRAWS = 100  # of each random baseline
 
 
 # The formulas ------------------------------------------------------------------------------------
 
-class Solver:
-    """solver(X) is the C with W0 C = X, for any X, from one factorization of W0.
+def inverse_of(W0):
+    """W0's inverse (..., d_in, d_out), its condition number (...), and whether it is exact (...).
 
-    Where W0 is rectangular or singular, C is the smallest least-squares solution.
+    If W0 (..., d_out, d_in) is rectangular or singular, it is the pseudo-inverse: the smallest
+    least-squares solution.
     """
-
-    def __init__(self, W0):
-        values = torch.linalg.svdvals(W0)
-        rounding = max(W0.shape) * torch.finfo(W0.dtype).eps
-        self.condition = (values[0] / values[-1]).item()
-        self.is_exact = W0.shape[0] == W0.shape[1] and bool(values[-1] > values[0] * rounding)
-        if self.is_exact:
-            self.factors = torch.linalg.lu_factor(W0)
-        else:
-            self.inverse = torch.linalg.pinv(W0, rtol=rounding)
-
-    def __call__(self, X):
-        return torch.linalg.lu_solve(*self.factors, X) if self.is_exact else self.inverse @ X
+    U, S, Vh = torch.linalg.svd(W0, full_matrices=False)
+    rounding = max(W0.shape[-2:]) * torch.finfo(W0.dtype).eps
+    is_kept = S > S[..., :1] * rounding
+    inverse = Vh.mT @ (torch.where(is_kept, 1 / S, 0.0)[..., None] * U.mT)
+    is_square = W0.shape[-2] == W0.shape[-1]
+    return inverse, S[..., 0] / S[..., -1], is_kept.all(-1) & is_square
 
 
-def conversion_matrices(W0, A, B, solve=None):
-    """{"A": C_A (d, r), "B": C_B (d, r), "BA": C_BA (d, d)}, float64.
+def conversion_matrices(W0, A, B, inverse=None):
+    """{"A": C_A (d, r), "B": C_B (d, r), "BA": C_BA (d, d)}, float64, of one layer or of a stack.
 
     For W0 (d_out, d_in), A (r, d_in), B (d_out, r):  W0 C_A = A^T,  W0 C_B = B,  W0 C_BA = B A.
     CondLoRA reads A from the columns of a rectangular W0: there W0^T C_A = A^T, C_A (d_out, r).
-    `solve` is Solver(W0), for those who have it already.
+    `inverse` is W0's, for callers that have it.
     """
     W0, A, B = (torch.as_tensor(x).double() for x in (W0, A, B))
-    solve = solve or Solver(W0)
-    square = W0.shape[0] == W0.shape[1]
-    C_A = solve(A.T) if square else solve.inverse.T @ A.T  # the inverse of W0^T
-    C_B = solve(B)
+    if inverse is None:
+        inverse, _, _ = inverse_of(W0)
+    square = W0.shape[-2] == W0.shape[-1]
+    C_A = (inverse if square else inverse.mT) @ A.mT
+    C_B = inverse @ B
     return {"A": C_A, "B": C_B, "BA": C_B @ A}
 
 
 def subspace_similarity(X, Y, i, j, side="left"):
     """phi(X, Y, i, j), from 0 to 1 (Hu et al. 2022, equation 4).
 
-    How much of the span of X's first i singular vectors lies in that of Y's first j, or the other
-    way round. side: "left" or "right" singular vectors. Raises ValueError where X or Y has no i-th
-    or j-th singular vector, or where their vectors differ in length.
+    The share of the span of X's first i singular vectors that lies in that of Y's first j, or, if
+    i > j, the other way round. side: "left" or "right" singular vectors. Raises ValueError if X or
+    Y has no i-th or j-th singular vector, or if their vectors differ in length.
     """
     X, Y = (torch.as_tensor(x).double() for x in (X, Y))
     if side not in ("left", "right"):
@@ -111,107 +104,104 @@ def phi(X, Y, i, j):
 
 # What is compared --------------------------------------------------------------------------------
 
-class Layer(NamedTuple):
-    """One adapted layer of a checkpoint, float64."""
+class Target(NamedTuple):
+    """The L adapted layers of one name ("query"), as stacks in float64."""
 
-    number: str  # in the encoder
-    W0: torch.Tensor  # (d_out, d_in)
-    A: torch.Tensor  # (r, d_in)
-    B: torch.Tensor  # (d_out, r)
+    numbers: list  # of the layers in the encoder
+    W0: torch.Tensor  # (L, d_out, d_in)
+    A: torch.Tensor  # (L, r, d_in)
+    B: torch.Tensor  # (L, d_out, r)
     scale: float
-    thetas: tuple  # (theta_A, theta_B), the same in all layers; () in LoRA
-    solve: Solver  # of W0
+    thetas: tuple  # CondLoRA's (theta_A, theta_B), the same in all layers; () in LoRA
+    inverse: torch.Tensor  # of W0 (L, d_in, d_out)
+    condition: torch.Tensor  # W0's condition numbers (L,)
+    is_exact: torch.Tensor  # False where `inverse` is a pseudo-inverse (L,)
+
+    @property
+    def rank(self):
+        """How many singular vectors A and B have."""
+        return min(*self.A.shape[1:], *self.B.shape[1:])
 
 
-def factors_of(layers, rng=None):
-    """A (L, r, d_in) and B (L, d_out, r) of the layers.
-
-    With `rng` untrained ones; CondLoRA's then come from one untrained theta.
-    """
-    if rng and layers[0].thetas:
-        thetas = untrained_factors(*layers[0].thetas, rng)
-        return convert(torch.stack([layer.W0 for layer in layers]), *thetas)
-    pairs = [untrained_factors(layer.A, layer.B, rng) if rng else (layer.A, layer.B)
-             for layer in layers]
-    return [torch.stack(factors) for factors in zip(*pairs)]
+def untrained(target, rng):
+    """The target with untrained factors; CondLoRA's come from one untrained theta."""
+    if target.thetas:
+        A, B = convert(target.W0, *untrained_factors(*target.thetas, rng))
+    else:
+        A, B = untrained_factors(target.A, target.B, rng)
+    return target._replace(A=A, B=B)
 
 
 def untrained_factors(A, B, rng):
-    """Fresh A and B of these shapes: A uniform as adapt has it, B Gaussian (zero has no span)."""
-    bound = 1 / math.sqrt(A.shape[1])
-    fresh_A = torch.empty(A.shape, dtype=torch.float64).uniform_(-bound, bound, generator=rng)
-    return fresh_A.to(A.device), gaussian(B.shape, rng).to(B.device)
+    """New A and B of these shapes: A uniform as adapt has it, B Gaussian (zero has no span)."""
+    bound = 1 / math.sqrt(A.shape[-1])
+    new_A = torch.empty(A.shape, dtype=torch.float64).uniform_(-bound, bound, generator=rng)
+    return new_A.to(A.device), gaussian(B.shape, rng).to(B.device)
 
 
 def gaussian(shape, rng):
     return torch.randn(shape, generator=rng, dtype=torch.float64)
 
 
-def conversions_of(layers, A, B):
-    """{"A": C_A, "B": C_B}, each (L, d, r), of the layers' W0 and these factors."""
-    C = [conversion_matrices(layer.W0, a, b, layer.solve) for layer, a, b in zip(layers, A, B)]
-    return {name: torch.stack([matrices[name] for matrices in C]) for name in "AB"}
+def conversions_of(target):
+    return conversion_matrices(target.W0, target.A, target.B, target.inverse)
 
 
-def compared_matrices(layers, rng=None):
-    """Three stacks: X_A (L, d, r), X_B (L, d, r) and the A (L, r, d) with which BA is X_B A.
+def compared_matrices(target):
+    """{"A": (L, d, r), "B": (L, d, r)}: LoRA's conversion matrices, or CondLoRA's A^T and B."""
+    return factors_of(target) if target.thetas else conversions_of(target)
 
-    LoRA: the conversion matrices. CondLoRA: A^T and B themselves, made from each layer's W0.
-    """
-    A, B = factors_of(layers, rng)
-    if layers[0].thetas:
-        return A.mT, B, A
-    C = conversions_of(layers, A, B)
-    return C["A"], C["B"], A
+
+def factors_of(target):
+    return {"A": target.A.mT, "B": target.B}
 
 
 # The figures -------------------------------------------------------------------------------------
 
-def similarity_maps(X_A, X_B, A, i, j, side):
-    """{"A", "B", "BA": phi of every two layers, (L, L)}; each matrix is decomposed once."""
-    left, _, right = thin_svd(X_B, A)
+def similarity_maps(matrices, A, i, j, side):
+    """{"A", "B", "BA": phi of every two layers, (L, L)}; each matrix is decomposed once.
+
+    BA is matrices["B"] @ A.
+    """
+    left, _, right = thin_svd(matrices["B"], A)
     vectors = {
-        "A": singular_vectors(X_A, side),
-        "B": singular_vectors(X_B, side),
+        "A": singular_vectors(matrices["A"], side),
+        "B": singular_vectors(matrices["B"], side),
         "BA": left if side == "left" else right,
     }
-    # Every layer beside every layer.
     return {name: phi(X[:, None], X[None], i, j) for name, X in vectors.items()}
 
 
-def likeness(layers, i, j, side):
-    """{"A", "B", "BA": a row of the main table}, a dict of figures and of the maps behind them.
+def similarity(target, i, j, side):
+    """{"A", "B", "BA": a row of the main table}: its numbers, and the maps behind them.
 
-    Where i and j are the rank, BA and B have the same left vectors, and BA's row is left out.
+    If i and j are the rank, BA and B have the same left vectors, and BA's row is left out.
     """
     rng = torch.Generator().manual_seed(0)
-    maps = lambda stacks: similarity_maps(*stacks, i, j, side)
-    compared, (A, B) = compared_matrices(layers), factors_of(layers)
-    trained, raw = maps(compared), maps((A.mT, B, A))
-    controls = [maps(compared_matrices(layers, rng)) for _ in range(DRAWS)]
-    randoms = [maps([gaussian(x.shape, rng).to(x.device) for x in compared])
-               for _ in range(DRAWS)]
-    is_full = i == j == rank_of(layers[0]) and side == "left"
+    maps = lambda matrices, A: similarity_maps(matrices, A, i, j, side)
+    noise = lambda matrices: {name: gaussian(x.shape, rng).to(x.device)
+                              for name, x in matrices.items()}
+    compared, factors = compared_matrices(target), factors_of(target)
+    trained, raw = maps(compared, target.A), maps(factors, target.A)
+    controls, randoms, raw_randoms = [], [], []
+    for _ in tqdm(range(DRAWS), "drawing baselines", leave=False, delay=1, disable=None):
+        control = untrained(target, rng)
+        controls.append(maps(compared_matrices(control), control.A))
+        other_A = gaussian(target.A.shape, rng).to(target.A.device)
+        randoms.append(maps(noise(compared), other_A))
+        raw_randoms.append(maps(noise(factors), other_A))
+    is_full = i == j == target.rank and side == "left"
     rows = {}
     for name in ("A", "B") if is_full else ("A", "B", "BA"):
-        mean = mean_of_pairs(trained[name])
-        control = mean_and_deviation(mean_of_pairs(x[name]) for x in controls)
-        rows[name] = {
-            "trained": mean,
-            "control": control,
-            # Where phi is 1 by definition, rounding is all the deviation there is.
-            "distance": (mean - control[0]) / control[1] if control[1] > 1e-9 else 0.0,
-            "raw": mean_of_pairs(raw[name]),
-            "random": mean_and_deviation(mean_of_pairs(x[name]) for x in randoms),
-            "map": trained[name].tolist(),
-            "control_map": torch.stack([x[name] for x in controls]).mean(0).tolist(),
-        }
+        baseline = lambda draws: mean_and_deviation(mean_of_pairs(x[name]) for x in draws)
+        row = {"trained": mean_of_pairs(trained[name]), "control": baseline(controls),
+               "random": baseline(randoms), "raw": mean_of_pairs(raw[name]),
+               "raw_random": baseline(raw_randoms)}
+        row |= {"z": z_score(row["trained"], row["control"]),
+                "raw_z": z_score(row["raw"], row["raw_random"]), "map": trained[name].tolist(),
+                "control_map": torch.stack([x[name] for x in controls]).mean(0).tolist()}
+        rows[name] = row
     return rows
-
-
-def rank_of(layer):
-    """How many singular vectors A and B have."""
-    return min(*layer.A.shape, *layer.B.shape)
 
 
 def mean_of_pairs(square):
@@ -225,214 +215,194 @@ def mean_and_deviation(values):
     return values.mean().item(), values.std().item()
 
 
-def theta_check(layers):
-    """How far all layers' conversion matrices are from theta^T, and theta's singular values."""
-    C = conversions_of(layers, *factors_of(layers))
-    rows = {}
-    for name, theta in zip("AB", layers[0].thetas):
-        deviation = (C[name] - theta.T).abs().max() / theta.abs().max()
-        rows[name] = {"largest_deviation": deviation.item(),
-                      "singular_values": torch.linalg.svdvals(theta).tolist()}
-    return rows
+def z_score(value, baseline):
+    mean, deviation = baseline
+    # Where phi is 1 by definition, rounding is all the deviation there is.
+    return (value - mean) / deviation if deviation > 1e-9 else 0.0
 
 
 def comparison(one, two, i, j):
-    """{matrix: phi between two checkpoints' layers, mean over layers, and its baselines}.
+    """{matrix: phi between two adapters' layers, mean over layers, and its baselines}.
 
-    The control of C_A and C_B is untrained ones, drawn apart. Of A the right singular vectors are
-    compared, which are A^T's left ones; of the others the left.
+    The control of C_A and C_B is untrained ones, drawn separately for each side. Of A the right
+    singular vectors are compared, which are A^T's left ones; of the others the left.
     """
     rng = torch.Generator().manual_seed(2)
+    matrices_of = lambda target: factors_of(target) | {
+        f"C_{name}": C for name, C in conversions_of(target).items() if name != "BA"}
 
     def mean_phi(X, Y):  # (L, d, r) both
         return phi(singular_vectors(X, "left"), singular_vectors(Y, "left"), i, j).mean().item()
 
-    def row(X, Y):
-        randoms = gaussian((DRAWS, 2, *X.shape), rng)
-        return {"phi": mean_phi(X, Y), "random": mean_and_deviation(mean_phi(*x) for x in randoms)}
-
-    (A, B), (other_A, other_B) = factors_of(one), factors_of(two)
-    C, other_C = conversions_of(one, A, B), conversions_of(two, other_A, other_B)
-    rows = {"A": row(A.mT, other_A.mT), "B": row(B, other_B)}
-    controls = [[conversions_of(layers, *factors_of(layers, rng)) for layers in (one, two)]
+    matrices, others = matrices_of(one), matrices_of(two)
+    controls = [[matrices_of(untrained(target, rng)) for target in (one, two)]
                 for _ in range(DRAWS)]
-    for name in "AB":
-        control = mean_and_deviation(mean_phi(x[name], y[name]) for x, y in controls)
-        rows[f"C_{name}"] = row(C[name], other_C[name]) | {"control": control}
+    rows = {}
+    for name, X in matrices.items():
+        pairs = (gaussian((2, *X.shape), rng) for _ in range(DRAWS))
+        rows[name] = {"phi": mean_phi(X, others[name]),
+                      "random": mean_and_deviation(mean_phi(*pair) for pair in pairs)}
+        if name.startswith("C_"):
+            rows[name]["control"] = mean_and_deviation(mean_phi(x[name], y[name])
+                                                       for x, y in controls)
     return rows
 
 
-def amplification(layers):
-    """A dict a layer: how far dW amplifies directions that W0 has (Hu et al. 2022, section 7.3).
+def amplification(target):
+    """{"own", "random": a factor a layer}: ||dW|| / ||U^T W0 V|| (Hu et al. 2022, section 7.3).
 
-    kept is ||U^T W0 V||_F in dW's directions, random the same in random ones. A large factor says
-    that dW adds what W0 has little of.
+    U and V are dW's own singular vectors, or random ones. A large factor along its own says that dW
+    adds what W0 has little of.
     """
     rng = torch.Generator().manual_seed(1)
-    rows = []
-    for layer in layers:
-        kept_in = lambda U, V: (U.T @ layer.W0 @ V).norm().item()
-        U, S, V = thin_svd(layer.scale * layer.B, layer.A)
-        delta, kept = S.norm().item(), kept_in(U, V)
-        bases = [[torch.linalg.qr(gaussian((d, len(S)), rng))[0].to(S.device)
-                  for d in layer.W0.shape] for _ in range(DRAWS)]
-        random = sum(kept_in(U, V) for U, V in bases) / DRAWS
-        rows.append({"delta": delta, "W0": layer.W0.norm().item(), "kept": kept,
-                     "factor": delta / kept if kept else math.inf,
-                     "random": random, "random_factor": delta / random})
-    return rows
+    U, S, V = thin_svd(target.scale * target.B, target.A)
+    along = lambda U, V: (U.mT @ target.W0 @ V).flatten(1).norm(dim=1)
+    L, d_out, d_in = target.W0.shape
+    basis = lambda d: torch.linalg.qr(gaussian((L, d, S.shape[1]), rng))[0].to(S.device)
+    random = sum(along(basis(d_out), basis(d_in)) for _ in range(DRAWS)) / DRAWS
+    return {"own": (S.norm(dim=1) / along(U, V)).tolist(),
+            "random": (S.norm(dim=1) / random).tolist()}
+
+
+def theta_deviation(target):
+    """How far all layers' conversion matrices are from theta^T, relative to theta's largest."""
+    C = conversions_of(target)
+    return max(((C[name] - theta.T).abs().max() / theta.abs().max()).item()
+               for name, theta in zip("AB", target.thetas))
 
 
 def analyze(targets, others, i, j, side):
-    """Every figure, as JSON takes it: a dict of tables, each by target."""
-    result = {"condition": {}, "least_squares": {}, "likeness": {}, "amplification": {}}
-    result["layers"] = [layer.number for layer in next(iter(targets.values()))]
-    for target, layers in targets.items():
-        result["condition"][target] = [layer.solve.condition for layer in layers]
-        result["least_squares"][target] = [layer.number for layer in layers
-                                           if not layer.solve.is_exact]
-        result["likeness"][target] = likeness(layers, i, j, side)
-        result["amplification"][target] = amplification(layers)
-        if layers[0].thetas:
-            result.setdefault("theta", {})[target] = theta_check(layers)
+    """Every number that is printed, as JSON takes it: a dict of tables, each by target."""
+    result = {"layers": next(iter(targets.values())).numbers}
+    for name, target in targets.items():
+        tables = {"condition": target.condition.tolist(),
+                  "least_squares": [number for number, is_exact
+                                    in zip(target.numbers, target.is_exact) if not is_exact],
+                  "similarity": similarity(target, i, j, side),
+                  "amplification": amplification(target)}
+        if target.thetas:
+            tables["theta"] = theta_deviation(target)
         if others:
-            compared = comparison(layers, others[target], i, j)
-            result.setdefault("compare", {})[target] = compared
+            tables["compare"] = comparison(target, others[name], i, j)
+        for table, value in tables.items():
+            result.setdefault(table, {})[name] = value
     return result
 
 
-# The picture -------------------------------------------------------------------------------------
-
-VIRIDIS = [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)]
-BLUE_WHITE_RED = [(33, 102, 172), (146, 197, 222), (247, 247, 247), (244, 165, 130), (178, 24, 43)]
-
-
-def colour(value, low, high, scale):
-    """The scale's colour for a value between low and high, as #rrggbb."""
-    position = (len(scale) - 1) * min(max((value - low) / (high - low), 0.0), 1.0)
-    index = min(int(position), len(scale) - 2)
-    share = position - index
-    mixed = [round(a + share * (b - a)) for a, b in zip(scale[index], scale[index + 1])]
-    return "#%02x%02x%02x" % tuple(mixed)
-
-
-def svg(table, title, numbers):
-    """A self-contained picture: for each matrix the maps of trained, control and their difference.
-
-    The colours span the cells shown, from the random baseline up; the diagonal, 1 by definition, is
-    blank. numbers: the layers'.
-    """
-    names, rows = zip(*flat(table))
-    L = len(numbers)
-    maps = torch.tensor([[row["map"], row["control_map"]] for row in rows])
-    maps = torch.cat([maps, maps[:, :1] - maps[:, 1:]], 1)  # (matrices, 3, L, L)
-    shown = maps[:, :, ~torch.eye(L, dtype=torch.bool)]
-    low = min(row["random"][0] for row in rows)
-    high = max(low + 1e-6, shown[:, :2].max().item())
-    most = shown[:, 2].abs().max().item() + 1e-6
-    columns = [("trained", low, high, " (random)", VIRIDIS),
-               ("control", low, high, " (random)", VIRIDIS),
-               ("trained \u2212 control", -most, most, "", BLUE_WHITE_RED)]
-
-    legend, left, top = 168, 100, 96
-    cell = max(14, legend // L)
-    size = L * cell
-    column_width, row_height = max(size, legend) + 40, size + 44
-    width, height = left + 3 * column_width, top + len(names) * row_height + 50
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" role="img" font-family="system-ui, sans-serif">',
-        "<!-- made by analyze.py -->",
-        "<style>.paper{fill:#ffffff} .ink{fill:#1f2328} @media (prefers-color-scheme: dark)"
-        "{.paper{fill:#0d1117} .ink{fill:#e6edf3}}</style>",
-        f'<rect class="paper" width="{width}" height="{height}"/>',
-    ]
-
-    def label(x, y, text, points=12, anchor="start"):
-        parts.append(f'<text class="ink" x="{x}" y="{y}" font-size="{points}" '
-                     f'text-anchor="{anchor}">{escape(text)}</text>')
-
-    def box(x, y, width, height, fill, inside=""):
-        parts.append(f'<rect x="{x}" y="{y}" width="{width}" height="{height}" '
-                     f'fill="{fill}">{inside}</rect>')
-
-    label(16, 28, title, 16)
-    label(16, 50, f"\u03c6 of every two layers; control: the mean of {DRAWS} untrained draws "
-                  f"through the same W0")
-    for n, name in enumerate(names):
-        label(16, top + n * row_height + size / 2, name, 14)
-    for k, (heading, bottom, end, note, scale) in enumerate(columns):
-        x = left + k * column_width
-        label(x, top - 18, heading, 14)
-        for n, name in enumerate(names):
-            y = top + n * row_height
-            for a in range(L):
-                label(x - 5, y + (a + 0.7) * cell, numbers[a], 9, "end")
-                label(x + (a + 0.5) * cell, y + size + 12, numbers[a], 9, "middle")
-                for b in set(range(L)) - {a}:
-                    value = maps[n, k, a, b].item()
-                    box(x + b * cell, y + a * cell, cell - 1, cell - 1,
-                        colour(value, bottom, end, scale),
-                        f"<title>{name}, layers {numbers[a]} and {numbers[b]}: {value:.4f}</title>")
-        for step in range(legend // 2):
-            box(x + 2 * step, height - 40, 2.5, 10, colour(step, 0, legend // 2 - 1, scale))
-        label(x, height - 16, f"{bottom:.3f}{note}", 11)
-        label(x + legend, height - 16, f"{end:.3f}", 11, "end")
-    return "\n".join([*parts, "</svg>"])
-
-
-# The tables --------------------------------------------------------------------------------------
-
-def print_tables(result, what, compared_file):
-    inexact = result["least_squares"]
-    show(["condition number of W0", *result["layers"]],
-         [[target, *(f"{value:.1e}" + (" *" if layer in inexact[target] else "")
-                     for layer, value in zip(result["layers"], row))]
-          for target, row in result["condition"].items()])
-    if any(inexact.values()):
-        print("* rectangular or singular: least squares, which sees only what W0 lets through\n")
-    if "compare" in result:
-        print(f"beside {compared_file}: phi between the two, mean over layers")
-        show(["", "between the two", "control (untrained)", "random"],
-             [[name, f"{row['phi']:.4f}", plus_minus(row.get("control")), plus_minus(row["random"])]
-              for name, row in flat(result["compare"])])
-    if "theta" in result:
-        print("C_A and C_B of every layer against the one theta they share")
-        show(["", "largest deviation", "theta's singular values"],
-             [[name, f"{row['largest_deviation']:.1e}" + " *" * bool(inexact[name.split()[0]]),
-               " ".join(f"{value:.3g}" for value in row["singular_values"])]
-              for name, row in flat(result["theta"])])
-    print(f"{what}: mean phi over pairs of layers")
-    header = ["", "trained", "control (untrained)", "distance", "random", "A, B themselves"]
-    rows = [[name, f"{row['trained']:.4f}", plus_minus(row["control"]),
-             f"{row['distance']:+.1f} sd", plus_minus(row["random"]), f"{row['raw']:.4f}"]
-            for name, row in flat(result["likeness"])]
-    if "theta" in result:  # CondLoRA's last column would be its first
-        header, rows = header[:-1], [row[:-1] for row in rows]
-    show(header, rows)
-    print(verdict(result["likeness"]) + "\n")
-    print("dW beside W0, which it changes")
-    columns = ("delta", "W0", "kept", "factor", "random", "random_factor")
-    show(["layer", "|dW|", "|W0|", "|U'W0 V| along dW", "factor", "along random", "factor"],
-         [[f"{target} {number}", *(f"{row[k]:.3f}" for k in columns)]
-          for target, rows in result["amplification"].items()
-          for number, row in zip(result["layers"], rows)])
-
-
-def verdict(table):
-    """What training adds to the likeness, in a sentence."""
-    beyond = [name for name, row in flat(table) if row["distance"] > 3]
-    if not beyond:
-        return ("Nowhere more alike than untrained ones by 3 deviations: "
-                "what likeness there is comes from W0.")
-    return (f"More alike than untrained ones by more than 3 deviations: {', '.join(beyond)}. "
-            f"The rest of the likeness comes from W0.")
-
+# What is shown -----------------------------------------------------------------------------------
 
 def flat(table):
     """[("query A", row), ...] of {"query": {"A": row}}."""
     return [(f"{target} {name}", row) for target, rows in table.items()
             for name, row in rows.items()]
+
+
+def picture(table, title, numbers):
+    """A map for each matrix: trained above the diagonal, the mean of the control below it."""
+    L, columns = len(numbers), 4
+    cell = max(14, 168 // L)
+    size = L * cell
+    rows = math.ceil(len(flat(table)) / columns)
+    drawing = Picture(30 + min(columns, len(flat(table))) * (size + 60), 90 + rows * (size + 100))
+    drawing.text(16, 28, headline(table), 16)
+    drawing.text(16, 50, f"{title}. \u03c6 of every two layers: above the diagonal trained, below "
+                         f"it untrained", 12)
+    for n, (name, row) in enumerate(flat(table)):
+        x, y = 40 + n % columns * (size + 60), 96 + n // columns * (size + 100)
+        trained, control = row["map"], row["control_map"]
+        # One scale for a target's matrices, from the random baseline up.
+        same = list(table[name.split()[0]].values())
+        low = min(r["random"][0] for r in same)
+        high = max(r[kind][a][b] for r in same for kind in ("map", "control_map")
+                   for a in range(L) for b in range(L) if a != b)
+        high = max(high, low + 1e-6)
+        drawing.text(x, y - 8, name, 14)
+        for a in range(L):
+            drawing.text(x - 5, y + (a + 0.7) * cell, numbers[a], 9, "end")
+            drawing.text(x + (a + 0.5) * cell, y + size + 12, numbers[a], 9, "middle")
+            for b in set(range(L)) - {a}:
+                # phi(a, b) is mirrored below, so that the same pairs lie opposite each other.
+                value, kind = (trained[a][b], "trained") if a < b else (control[b][a], "untrained")
+                drawing.box(x + b * cell, y + a * cell, cell - 1, cell - 1,
+                            colour(value, low, high),
+                            f"{name}, layers {numbers[min(a, b)]} and {numbers[max(a, b)]}, "
+                            f"{kind}: {value:.4f}")
+        drawing.legend(x, y + size + 24, f"{low:.3f} (random)", f"{high:.3f}", length=size // 2 * 2)
+    return str(drawing)
+
+
+def headline(table):
+    """The finding in a sentence, for the picture."""
+    beyond = beyond_control(table)
+    if not beyond:
+        return "Training changes almost nothing: the maps are symmetric"
+    return f"Training adds similarity to {', '.join(beyond)}; elsewhere the maps are symmetric"
+
+
+def beyond_control(table, z="z"):
+    return [name for name, row in flat(table) if row[z] > 3]
+
+
+def verdict(table, is_condlora):
+    """What training makes similar and what it does not, in a few sentences."""
+    lines = []
+    same = [name for name, row in flat(table) if row["trained"] > 0.99]
+    if same and not is_condlora:
+        lines.append(f"{', '.join(same)}: the conversion matrices are the same in all layers. "
+                     f"That is how CondLoRA makes A and B, not something training found.")
+    equal = [name for name, row in flat(table) if row["raw"] > 0.99]
+    if equal:
+        lines.append(f"{', '.join(equal)}: all layers share one factor, by construction.")
+    beyond = [name for name in beyond_control(table) if name not in same]
+    if beyond:
+        lines.append(f"Beyond the control by more than 3 sd: {', '.join(beyond)}. All other "
+                     f"similarity comes from W0.")
+    elif not same:
+        lines.append("No row exceeds its control by 3 sd: no similarity beyond what W0 produces.")
+    raw = [name for name in beyond_control(table, "raw_z") if name not in equal]
+    if not is_condlora and raw:
+        lines.append(f"A and B themselves, without W0^-1, are more similar than random by more "
+                     f"than 3 sd in: {', '.join(raw)}.")
+    elif not is_condlora:
+        lines.append("A and B themselves, without W0^-1, are no more similar than random.")
+    return "\n".join(lines)
+
+
+def print_tables(result, file, compared_file, level, verbose):
+    for name, row in result["condition"].items():
+        print(f"condition number of W0, {name}: {min(row):.1e} to {max(row):.1e}")
+    inexact = [name for name, layers in result["least_squares"].items() if layers]
+    if inexact:
+        print(f"rectangular or singular, so least squares: {', '.join(inexact)}")
+    for name, deviation in result.get("theta", {}).items():
+        print(f"{name}: every layer's conversion matrices are theta^T, to {deviation:.0e}")
+    print()
+    if "compare" in result:
+        print(f"Similarity of {file} to {compared_file}, layer by layer (mean \u03c6)")
+        show(["", "between the two", "control (untrained)", "random"],
+             [[name, f"{row['phi']:.4f}", plus_minus(row.get("control")), plus_minus(row["random"])]
+              for name, row in flat(result["compare"])])
+    is_condlora = "theta" in result
+    what = "A and B, made by one theta" if is_condlora else "conversion matrices"
+    print(f"Subspace similarity \u03c6 between layers of {what}\n(0 orthogonal, 1 identical, "
+          f"{level} for unrelated): mean over pairs of layers")
+    header = ["", "trained", "control (untrained)", "z-score", "random", "\u03c6 of A and B",
+              "z-score"]
+    rows = [[name, f"{row['trained']:.4f}", plus_minus(row["control"]), f"{row['z']:+.1f} sd",
+             plus_minus(row["random"]), f"{row['raw']:.4f}", f"{row['raw_z']:+.1f} sd"]
+            for name, row in flat(result["similarity"])]
+    columns = 5 if is_condlora else 7  # CondLoRA's last two would be its first again
+    show(header[:columns], [row[:columns] for row in rows])
+    print(verdict(result["similarity"], is_condlora) + "\n")
+    if verbose:
+        print("Each layer's condition number, and its amplification |dW| / |U'W0 V|: how much dW "
+              "adds along\nits own directions U, V, or along random ones, relative to what W0 has "
+              "there")
+        show(["layer", "condition", "own directions", "random directions"],
+             [[f"{name} {number}", f"{condition:.1e}", f"{own:.3g}", f"{random:.3g}"]
+              for name, row in result["amplification"].items()
+              for number, condition, own, random
+              in zip(result["layers"], result["condition"][name], row["own"], row["random"])])
 
 
 def show(header, rows):
@@ -452,45 +422,52 @@ def plus_minus(pair):
 # Checkpoints and the command line ----------------------------------------------------------------
 
 def read(file, init_from, device):
-    """(task, method, {target: its Layers}) of a checkpoint, or of a folder that PEFT wrote."""
-    with naming(file):
-        task, method, adapted = (read_peft if file.is_dir() else read_checkpoint)(file, init_from)
-        targets = {}
-        for name, W0, A, B, scale, thetas in tqdm(adapted, "factorizing W0", leave=False, delay=1,
-                                                  disable=None):
-            W0, A, B, *thetas = (x.double().to(device) for x in (W0, A, B, *thetas))
+    """(task, method, {name: Target}) of a checkpoint, or of a folder that PEFT wrote."""
+    with reading(file):
+        task, method, layers = (read_peft if file.is_dir() else read_checkpoint)(file, init_from)
+        stacks, scales, thetas = {}, {}, {}
+        for name, W0, A, B, scale, own_thetas in tqdm(layers, "inverting W0", leave=False, delay=1,
+                                                      disable=None):
+            W0, A, B = (x.double().to(device) for x in (W0, A, B))
             for what, x in (("W0", W0), ("A", A), ("B", B)):
                 if not x.isfinite().all() or not x.any():
                     raise ValueError(f"the {what} of {name} is zero, as before training, or not "
                                      f"finite: it has no subspace to compare")
-            layer = Layer(name.split(".")[1], W0, A, B, scale, tuple(thetas), Solver(W0))
-            targets.setdefault(name.rpartition(".")[2], []).append(layer)
-        numbers = {tuple(layer.number for layer in layers) for layers in targets.values()}
+            last = name.rpartition(".")[2]
+            stacks.setdefault(last, []).append((name.split(".")[1], W0, A, B, *inverse_of(W0)))
+            scales[last] = scale
+            if any(x is not y for x, y in zip(thetas.setdefault(last, own_thetas), own_thetas)):
+                raise ValueError(f"layers named {last} have different thetas: adapt them under "
+                                 f"one target")
+        targets = {}
+        for last, rows in stacks.items():
+            numbers, *tensors = zip(*rows)
+            if len({tensor.shape for tensor in tensors[0]}) > 1:
+                raise ValueError(f"layers named {last} have weights of different shapes")
+            W0, A, B, *inverse = (torch.stack(column) for column in tensors)
+            double = tuple(theta.double().to(device) for theta in thetas[last])
+            targets[last] = Target(list(numbers), W0, A, B, scales[last], double, *inverse)
+        numbers = {tuple(target.numbers) for target in targets.values()}
         if len(numbers) != 1 or len(numbers.pop()) < 2:
             raise ValueError(f"there are no pairs to compare, unless each target is in the same "
                              f"layers, two or more; it has {describe(targets)}")
-        for target, layers in targets.items():
-            if any(not torch.equal(a, b) for layer in layers
-                   for a, b in zip(layer.thetas, layers[0].thetas)):
-                raise ValueError(f"layers named {target} have different thetas: adapt them under "
-                                 f"one target")
     return task, method, targets
 
 
 def read_checkpoint(file, init_from):
     """(task, method, [(name, W0, A, B, scale, thetas) of each adapted layer])"""
-    checkpoint = checkpoints.load(file)
-    method = checkpoint["settings"]["method"]
+    ckpt = checkpoint.load(file)
+    method = ckpt["settings"]["method"]
     if method not in ("lora", "condlora"):
-        raise ValueError(f"--method {method:.20} has no A and B: train one with --method lora or "
-                         f"condlora")
-    model = Transformer.from_pretrained(checkpoints.verified_encoder(checkpoint, init_from))
-    load_adapter(model, file).double()
+        raise ValueError(f"nothing to analyze in --method {method:.20}: train with --method lora "
+                         f"or condlora")
+    folder = checkpoint.verified_encoder(ckpt, init_from)
+    model = load_adapter(pretrained.load(folder, len(ckpt["classes"]) or 1), file).double()
     # Every CondLoRALinear of a target has the same Conversion.
-    thetas_of = lambda layer: layer.conversion.parameters() if method == "condlora" else ()
-    adapted = [(name, layer.weight, *layer.factors(), layer.scale, thetas_of(layer))
-               for name, layer in model.named_modules() if isinstance(layer, AdaptedLinear)]
-    return checkpoint["task"], method, adapted
+    thetas_of = lambda layer: tuple(layer.conversion.parameters()) if method == "condlora" else ()
+    layers = [(name, layer.weight, *layer.factors(), layer.scale, thetas_of(layer))
+              for name, layer in model.named_modules() if isinstance(layer, AdaptedLinear)]
+    return ckpt["task"], method, layers
 
 
 def read_peft(folder, init_from):
@@ -498,61 +475,56 @@ def read_peft(folder, init_from):
     if not init_from:
         raise ValueError("a folder is read as PEFT's adapter: say where its encoder is with "
                          "--init_from")
-    model = Transformer.from_pretrained(init_from)
-    adapted = [(name, model.get_submodule(name).weight, *A_B_scale, ())
-               for name, A_B_scale in peft_format.read(folder, model).items()
-               if name.startswith("layers.")]  # a head has no second layer to compare
-    if not adapted:
+    model = pretrained.load(init_from)
+    layers = [(name, model.get_submodule(name).weight, *A_B_scale, ())
+              for name, A_B_scale in peft_format.read(folder, model).items()
+              if name.startswith("layers.")]  # a head has no second layer to compare
+    if not layers:
         raise ValueError("it adapts no layer of the encoder")
-    return folder.resolve().name, "lora", adapted
+    return folder.resolve().name, "lora", layers
 
 
 def run(argv):
     args = make_parser().parse_args(argv)
     devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
     if args.device not in devices:
-        raise ValueError(f"--device {args.device} is not there: use {' or '.join(devices)}")
+        raise ValueError(f"--device {args.device} is not available: use {' or '.join(devices)}")
     file = args.checkpoint
     if not file.exists():
         raise FileNotFoundError(f"no checkpoint {file}: python train.py writes one")
-    picture = Path(f"{file.resolve()}.svg") if file.is_dir() else file.with_suffix(".svg")
-    picture = args.svg or picture
-    check_writable(picture, "--svg", b"made by analyze.py")
-    if args.json and args.json.resolve() == picture.resolve():
-        raise ValueError(f"--svg and --json are one file, {picture}")
-    if args.json:
-        check_writable(args.json, "--json", b'{\n "checkpoint"')
-    task, method, targets = read(args.checkpoint, args.init_from, args.device)
+    svg = Path(f"{file.resolve()}.svg") if file.is_dir() else file.with_suffix(".svg")
+    svg = args.svg or svg
+    check_outputs({"--svg": svg, "--json": args.json}, [file, args.compare])
+    task, method, targets = read(file, args.init_from, args.device)
     others = None
     if args.compare:
         _, _, others = read(args.compare, args.init_from, args.device)
         if describe(targets) != describe(others):
-            raise ValueError(f"{args.checkpoint} and {args.compare} are of different shapes: "
+            raise ValueError(f"{file} and {args.compare} are of different shapes: "
                              f"{describe(targets)}, and {describe(others)}")
-    rank = min(rank_of(layer) for layers in targets.values() for layer in layers)
+    rank = min(target.rank for target in targets.values())
     i, j = (rank if k is None else k for k in (args.i, args.j))
     if not (1 <= i <= rank and 1 <= j <= rank):
         raise ValueError(f"--i {i} --j {j}: A and B of rank {rank} have 1 to {rank} singular "
                          f"vectors")
     result = analyze(targets, others, i, j, args.side)
-    what = "conversion matrices" if method == "lora" else "A and B, made by one theta"
-    title = f"{task}, {method} rank {rank}, \u03c6 with i = {i}, j = {j}, {args.side} vectors"
-    drawn = svg(result["likeness"], f"{what}: {title}", result["layers"])
-    write(picture, drawn.encode())
+    title = f"{Path(task).name}, {method} rank {rank}, i = {i}, j = {j}, {args.side} vectors"
+    write(svg, picture(result["similarity"], title, result["layers"]).encode())
     if args.json:
-        settings = {"checkpoint": str(args.checkpoint), "task": task, "method": method, "i": i,
-                    "j": j, "side": args.side}
+        settings = {"checkpoint": str(file), "task": task, "method": method, "i": i, "j": j,
+                    "side": args.side}
         write(args.json, (json.dumps(settings | result, indent=1) + "\n").encode())
     print(title + "\n")
-    print_tables(result, what, args.compare)
-    print(f"picture: {picture}")
+    d = min(min(target.W0.shape[1:]) for target in targets.values())
+    level = f"{max(i, j)}/{d} = {max(i, j) / d:.3g}" if args.side == "left" else "see random"
+    print_tables(result, file, args.compare, level, args.verbose)
+    print(f"picture: {svg}")
 
 
 def describe(targets):
-    return ", ".join(
-        f"{target} of layers {' '.join(layer.number for layer in layers)}, "
-        f"{'x'.join(map(str, layers[0].W0.shape))} rank {len(layers[0].A)}"
-        for target, layers in targets.items())
+    return ", ".join(f"{name} of layers {' '.join(target.numbers)}, "
+                     f"{'x'.join(map(str, target.W0.shape[1:]))} rank {target.A.shape[1]}"
+                     for name, target in targets.items())
 
 
 def make_parser():
@@ -560,13 +532,14 @@ def make_parser():
     add = parser.add_argument
     add("checkpoint", type=Path, help="a checkpoint of train.py --method lora or condlora, or a "
         "folder with a LoRA adapter that PEFT wrote")
-    add("--i", type=int, help="how many singular vectors of the one matrix count; default the rank")
-    add("--j", type=int, help="and of the other; default the rank")
+    add("--i", type=int, help="how many singular vectors of one matrix count; default: the rank")
+    add("--j", type=int, help="and of the other; default: the rank")
     add("--side", choices=("left", "right"), default="left",
-        help="singular vectors of the main table's matrices; default left")
+        help="singular vectors of the main table's matrices; default: left")
     add("--compare", type=Path, metavar="CKPT", help="a second checkpoint, of the same shape")
-    add("--json", type=Path, help="write every figure to this file")
-    add("--svg", type=Path, help="where the picture goes; default beside the checkpoint")
+    add("--verbose", action="store_true", help="also show each layer's numbers")
+    add("--json", type=Path, help="write every number to this file")
+    add("--svg", type=Path, help="where the picture goes; default: next to the checkpoint")
     add("--init_from", help="folder of the encoder, if it has moved")
     add("--device", default="cpu", help="cpu (the default) or cuda; in float64 either way")
     return parser

@@ -11,24 +11,32 @@ CondLoRA (Kim et al. 2024, arXiv:2403.14946) makes A and B from W0:
 
     A = (W0 theta_A^T)^T,    B = W0 theta_B^T
 
-and trains only theta_A and theta_B, both (r, d) for a square W0. One pair serves all layers of a
-target ("query", say): with L layers that is 1/L of LoRA's numbers.
+and trains only theta_A and theta_B, both (r, d) for a square W0. All layers of a target ("query",
+say) share one pair: with L layers, 1/L as many parameters as LoRA.
+
+Two controls ask whether W0 matters. They put another M in its place, A = (M theta_A^T)^T and
+B = M theta_B^T: "random" a fixed Gaussian matrix for each layer, "tied" the identity.
 """
 
 import math
-import pickle
+from numbers import Integral
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 
-def convert(W0, theta_A, theta_B):
-    """CondLoRA's A (r, d_in) and B (d_out, r) from W0 (d_out, d_in); also from a stack of W0."""
-    # Square, as the paper's: W0 theta_A^T. Rectangular: W0^T theta_A^T, so that A has d_in columns.
-    square = W0.shape[-2] == W0.shape[-1]
-    A = ((W0 if square else W0.mT) @ theta_A.T).mT
-    B = W0 @ theta_B.T
+def convert(M, theta_A, theta_B):
+    """A (r, d_in) and B (d_out, r) from M (d_out, d_in), which is W0 in CondLoRA, or from a stack.
+
+    M None stands for the identity: the control "tied".
+    """
+    if M is None:
+        return theta_A, theta_B.T
+    # Square, as in the paper: M theta_A^T. Rectangular: M^T theta_A^T, so that A has d_in columns.
+    square = M.shape[-2] == M.shape[-1]
+    A = ((M if square else M.mT) @ theta_A.T).mT
+    B = M @ theta_B.T
     return A, B
 
 
@@ -40,24 +48,32 @@ class Conversion(nn.Module):
         d_out, d_in = W0.shape
         self.theta_A = nn.Parameter(torch.empty(rank, d_out, device=W0.device))
         self.theta_B = nn.Parameter(torch.zeros(rank, d_in, device=W0.device))
-        nn.init.kaiming_uniform_(self.theta_A, a=math.sqrt(5))  # as nn.Linear begins
+        # nn.Linear's default initialization. Zeros in theta_B make B and dW start at zero.
+        nn.init.kaiming_uniform_(self.theta_A, a=math.sqrt(5))
 
-    def forward(self, W0):
-        return convert(W0.to(self.theta_A.dtype), self.theta_A, self.theta_B)
+    def forward(self, M):
+        if M is not None:
+            M = M.to(self.theta_A.dtype)
+        return convert(M, self.theta_A, self.theta_B)
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer with an update; the methods differ in where factors() takes A and B from.
+    """A linear layer with a low-rank update; subclasses differ only in factors().
 
-    settings: a dict of adapt's method, targets, rank and alpha.
+    settings: a dict of adapt's method, targets, rank, alpha and seed.
     """
 
     def __init__(self, weight, bias, settings):
         super().__init__()
         self.weight, self.bias, self.settings = weight, bias, settings
+        self.out_features, self.in_features = weight.shape
         self.scale = settings["alpha"] / settings["rank"]
         # W0 + dW while the layer is merged. It is not saved in the state dict.
         self.register_buffer("merged", None, persistent=False)
+
+    def factors(self):
+        """A (r, d_in) and B (d_out, r)."""
+        raise NotImplementedError
 
     def forward(self, x):  # (..., d_in) -> (..., d_out)
         if self.merged is not None:
@@ -68,13 +84,18 @@ class AdaptedLinear(nn.Module):
 
     def delta(self):
         """dW = s B A, (d_out, d_in), in float32 or wider: bfloat16 would lose small updates."""
-        A, B = self.factors()
-        wide = torch.promote_types(A.dtype, torch.float32)
-        return self.scale * B.to(wide) @ A.to(wide)
+        with torch.autocast(self.weight.device.type, enabled=False):
+            A, B = self.factors()
+            wide = torch.promote_types(A.dtype, torch.float32)
+            return self.scale * B.to(wide) @ A.to(wide)
+
+    def extra_repr(self):
+        return (f"{self.in_features} -> {self.out_features}, {self.settings['method']}, "
+                f"rank {self.settings['rank']}, scale {self.scale:g}")
 
 
 class LoRALinear(AdaptedLinear):
-    """Owns A (r, d_in) and B (d_out, r). B starts at zero, so that dW does."""
+    """Owns A (r, d_in) and B (d_out, r). B starts at zero, and so does dW."""
 
     def __init__(self, weight, bias, settings):
         super().__init__(weight, bias, settings)
@@ -88,55 +109,73 @@ class LoRALinear(AdaptedLinear):
 
 
 class CondLoRALinear(AdaptedLinear):
-    """Owns no factors: a Conversion makes them from this layer's W0.
+    """Owns no factors: a Conversion, which many layers share, makes them from this layer's M.
 
-    Many layers have the same Conversion. It is a submodule of the first of them, which must stay in
-    the model.
+    Only the first of these layers registers the Conversion as a submodule, because safetensors and
+    Hugging Face's Trainer refuse a state dict that holds a tensor twice. So that layer must stay in
+    the model; adapter_parameters and save_adapter raise if it is gone.
     """
 
-    def __init__(self, weight, bias, settings, first=None):
+    def __init__(self, weight, bias, settings, first=None, generator=None):
         super().__init__(weight, bias, settings)
         if first is None:
             self.conversion = Conversion(weight, settings["rank"])
         else:
-            # Not a submodule: else a state dict would repeat it for each layer.
             object.__setattr__(self, "conversion", first.conversion)
+        random = None
+        if settings["method"] == "random":  # with W0's mean square
+            random = torch.randn(weight.shape, generator=generator, device="cpu")
+            random = random.to(weight.device) * weight.detach().float().square().mean().sqrt()
+        self.register_buffer("random", random, persistent=False)
+
+    @property
+    def M(self):
+        """What theta multiplies: W0, the random matrix, or None for the identity."""
+        return self.weight if self.settings["method"] == "condlora" else self.random
 
     def factors(self):
-        return self.conversion(self.weight)
+        return self.conversion(self.M)
 
 
-def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.0):
+METHODS = ("lora", "condlora", "tied", "random")
+
+
+def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.0, seed=0):
     """Freeze `model` and adapt, in place, each nn.Linear whose name ends with one of `targets`.
 
-    method  "lora" or "condlora", with one Conversion for each target and shape of weight.
-    targets one name or several, of one part or more: "out" finds every layer of that name,
+    method  "lora"; "condlora", with one Conversion for each target and shape of weight; or one of
+            its controls, "tied" and "random", which need square weights.
+    targets one or more names, dotted or not: "out" matches every layer of that name,
             "attention.out" only those in a module named "attention".
     rank    from 1 to min(d_in, d_out); alpha: dW is scaled by alpha / rank.
+    seed    of the random matrices, which are drawn on the CPU, layer by layer in the model's order.
 
-    Returns the model; the caller unfreezes what else shall train (its head). Adapters are float32.
-    Raises ValueError, with the model untouched, where an argument or the model does not fit.
+    Returns the model; the caller unfreezes anything else that should train (its head). Adapters are
+    float32. Raises ValueError, leaving the model untouched, if an argument or the model does not
+    fit.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     linears = find_linears(model, method, targets, rank, alpha)
     model.requires_grad_(False)
-    settings = dict(method=method, targets=targets, rank=rank, alpha=alpha)
+    settings = {"method": method, "targets": targets, "rank": int(rank), "alpha": float(alpha),
+                "seed": int(seed)}
+    generator = torch.Generator().manual_seed(settings["seed"])
     adapted, firsts = {}, {}
     for name, linear in linears.items():
-        arguments = linear.weight, linear.bias, settings
         if method == "lora":
-            adapted[linear] = LoRALinear(*arguments)
+            adapted[linear] = LoRALinear(linear.weight, linear.bias, settings)
         else:
-            alike = target_of(name, targets), linear.weight.shape
-            adapted[linear] = CondLoRALinear(*arguments, firsts.get(alike))
-            firsts.setdefault(alike, adapted[linear])
+            key = target_of(name, targets), linear.weight.shape
+            adapted[linear] = CondLoRALinear(linear.weight, linear.bias, settings,
+                                             firsts.get(key), generator)
+            firsts.setdefault(key, adapted[linear])
     replace(model, adapted)
     return model
 
 
 @torch.no_grad()
 def merge(model):
-    """Let forward use W0 + dW, summed once and kept beside W0: no adapter arithmetic is left.
+    """Cache W0 + dW in each adapted layer, so that the adapter costs nothing at inference.
 
     Until unmerge the adapter gets no gradient. After load_state_dict, merge again.
     """
@@ -146,7 +185,7 @@ def merge(model):
 
 
 def unmerge(model):
-    """Forget W0 + dW. W0 was never touched, so it is there bit for bit."""
+    """Drop the cached W0 + dW. W0 itself was never changed, so it is bit-identical."""
     for layer in adapted_layers(model):
         layer.merged = None
     return model
@@ -156,133 +195,173 @@ def merge_and_unload(model):
     """Turn each adapted layer, in place, into a plain nn.Linear that holds W0 + dW."""
     plain = {}
     for layer in adapted_layers(merge(model)):
-        d_out, d_in = layer.weight.shape
-        plain[layer] = nn.Linear(d_in, d_out, bias=False, device="meta")
+        plain[layer] = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain[layer].weight = nn.Parameter(layer.merged, requires_grad=False)
         plain[layer].bias = layer.bias
     replace(model, plain)
     return model
 
 
-def to_lora(model):
-    """Turn each CondLoRALinear, in place, into the LoRALinear with the A and B that it made.
-
-    From there the layers train apart, and the adapter has the form that LoRA's tools know.
-    """
-    turned = {}
-    for layer in adapted_layers(model):
-        if isinstance(layer, CondLoRALinear):
-            lora = LoRALinear(layer.weight, layer.bias, layer.settings | {"method": "lora"})
-            A, B = layer.factors()
-            lora.A.data, lora.B.data = A.detach().contiguous(), B.detach().contiguous()
-            lora.merged = layer.merged
-            turned[layer] = lora
-    replace(model, turned)
-    return model
-
-
 def save_adapter(model, file):
-    """Write the adapter's tensors, each theta once, and the settings that `adapt` was given."""
-    if not adapter_tensors(model):
-        raise ValueError("the model has no adapter of its own: there is nothing to save")
-    weights = {name: p.detach().cpu().clone() for name, p in adapter_tensors(model).items()}
-    torch.save({"settings": adapted_layers(model)[0].settings, "weights": weights}, file)
+    """Write the adapter, each theta once, and every other parameter that requires a gradient.
+
+    The file also holds adapt's settings and the names of the adapted layers. Raises ValueError if
+    the model has no adapter, parts adapted with different settings, or lost a Conversion.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        raise ValueError("the model has no adapter: there is nothing to save")
+    if any(layer.settings != layers[0].settings for layer in layers):
+        raise ValueError("parts of the model were adapted with different settings, and a file "
+                         "holds one: save the parts one by one")
+    weights = {name: p.detach().cpu().clone() for name, p in trained_tensors(model).items()}
+    saved = {"settings": layers[0].settings, "layers": layer_names(model), "weights": weights}
+    torch.save(saved, file)
 
 
 def load_adapter(model, file):
     """Read what save_adapter or train.py wrote into `model`, which is adapted first if need be.
 
-    Raises ValueError where the file holds no adapter, where the model's has another method, target,
-    rank or alpha, or where a tensor is missing, unexpected or of another shape; a fresh model is
-    adapted then, too.
+    Every parameter in the file, the head's included, is copied into the parameter of that name,
+    which then requires a gradient. Returns the model, merged again if it was. Raises ValueError,
+    with the model's weights untouched, if method, rank, alpha or the adapted layers differ, or if a
+    tensor is missing, unexpected or of another shape. Loading never runs code (weights_only=True).
     """
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        names = "method", "targets", "rank", "alpha"
-        settings = {name: saved["settings"][name] for name in names}
-        # train.py's file holds the head, too.
-        weights = {name: tensor for name, tensor in saved["weights"].items()
-                   if name.rpartition(".")[2] in ("A", "B", "theta_A", "theta_B")}
+        if not (isinstance(saved, dict) and {"settings", "layers", "weights"} <= saved.keys()):
+            raise ValueError("it was not written by save_adapter or train.py")
+        names = "method", "targets", "rank", "alpha", "seed"
+        settings, weights = {name: saved["settings"][name] for name in names}, saved["weights"]
         if not adapted_layers(model):
             adapt(model, **settings)
-        for name, own in adapted_layers(model)[0].settings.items():
-            if settings[name] != own:
-                raise ValueError(f"{name} is {settings[name]}, in the model {own}")
-        copy_tensors(weights, adapter_tensors(model))
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, EOFError,
-            pickle.UnpicklingError) as error:
-        raise ValueError(f"{file} holds no adapter of this model: {str(error)[:150]}") from None
+        own = adapted_layers(model)[0].settings
+        for name in names:
+            # Only random's matrices depend on the seed. The targets are compared as layers, below.
+            matters = name != "targets" and (name != "seed" or own["method"] == "random")
+            if matters and settings[name] != own[name]:
+                raise ValueError(f"{name} is {settings[name]}, in the model {own[name]}")
+        ours, theirs = layer_names(model), saved["layers"]
+        if ours != theirs:
+            different = sorted(set(ours) ^ set(theirs))[:3]
+            raise ValueError(f"it adapts {len(theirs)} layers, the model has {len(ours)} adapted "
+                             f"ones; only one of the two adapts {', '.join(different)}")
+        known = {name: p for name, p in model.named_parameters() if name in weights}
+        copy_tensors(weights, trained_tensors(model) | known)
+        for parameter in known.values():
+            parameter.requires_grad_(True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch.load alone raises half a dozen types
+        reason = str(error).split("\n")[0] if type(error) is ValueError else type(error).__name__
+        raise ValueError(f"{file} holds no adapter of this model: {reason:.200}") from error
     return merge(model) if adapted_layers(model)[0].merged is not None else model
 
 
 def copy_tensors(given, parameters):
-    """Copy {name: tensor} to {name: parameter}; ValueError where names or shapes differ."""
+    """Copy {name: tensor} to {name: parameter}; ValueError if names or shapes differ."""
     for name in sorted(parameters.keys() | given.keys()):
-        shape = tuple(given[name].shape) if name in given else "not there"
-        expected = tuple(parameters[name].shape) if name in parameters else "not there"
-        if shape != expected:
-            raise ValueError(f"{name:.60} is {shape}, in the model {expected}")
+        if name not in given:
+            raise ValueError(f"{name:.60} is missing")
+        if name not in parameters:
+            raise ValueError(f"{name:.60} is unexpected: the model does not train it")
+        if given[name].shape != parameters[name].shape:
+            raise ValueError(f"{name:.60} has shape {tuple(given[name].shape)}, in the model "
+                             f"{tuple(parameters[name].shape)}")
     for name, parameter in parameters.items():
         parameter.data.copy_(given[name])
 
 
 def adapter_tensors(model):
     """{name: parameter} of the adapter, each theta once."""
+    modules = set(model.modules())
+    for name, layer in model.named_modules():
+        if isinstance(layer, CondLoRALinear) and layer.conversion not in modules:
+            raise ValueError(f"the theta_A and theta_B of {name} belong to a layer that is no "
+                             f"longer in the model: keep the first adapted layer of each target")
     return {f"{prefix}.{name}": parameter for prefix, layer in model.named_modules()
             if isinstance(layer, AdaptedLinear)
             for name, parameter in layer.named_parameters() if name not in ("weight", "bias")}
 
 
+def trained_tensors(model):
+    """{name: parameter} of the adapter and of all else that requires a gradient."""
+    rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return adapter_tensors(model) | rest
+
+
 def adapter_parameters(model):
-    """The adapter's parameters, each theta once; without the head's."""
+    """The adapter's parameters, each theta once, without the head's.
+
+    Raises ValueError if the layer that registers a Conversion is no longer in the model.
+    """
     return list(adapter_tensors(model).values())
 
 
 def adapted_layers(model):
-    """Every LoRALinear and CondLoRALinear of the model, in its order."""
+    """Every adapted layer of the model, in its order."""
     return [module for module in model.modules() if isinstance(module, AdaptedLinear)]
 
 
+def layer_names(model):
+    return [name for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
+
+
 def replace(model, new):
-    """Put new[old] wherever the module `old` stands."""
+    """Put new[old] in the place of each module `old`, with its mode and its hooks."""
+    for old, module in new.items():
+        module.train(old.training)
+        hooks = {name: value for name, value in vars(old).items()
+                 if name.startswith(("_forward", "_backward", "_is_full_backward"))}
+        vars(module).update(hooks)
     for name, old in list(model.named_modules(remove_duplicate=False)):
         if old in new:
             parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, new[old].train(old.training))
+            setattr(model.get_submodule(parent), last, new[old])
 
 
 def target_of(name, targets):
-    """The first of `targets` whose parts are the last of `name`, or None."""
+    """The first of `targets` whose parts are the last parts of `name`, or None."""
     return next((target for target in targets if f".{name}".endswith(f".{target}")), None)
 
 
 def find_linears(model, method, targets, rank, alpha):
-    """{name: nn.Linear} of what `adapt` shall adapt. Raises ValueError where a request is wrong."""
-    if method not in ("lora", "condlora"):
-        raise ValueError(f"method is {method!r}: use 'lora' or 'condlora'")
+    """{name: nn.Linear} of the layers to adapt. Raises ValueError if a request cannot be met."""
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}: use {', '.join(METHODS)}")
     if not 0 < alpha < math.inf:
         raise ValueError(f"alpha is {alpha}: it must be a positive number")
     if not targets:
         raise ValueError("targets is empty: name the linear layers to adapt")
     if adapted_layers(model):
-        raise ValueError("the model is adapted already: adapt a fresh one")
-    # Not nn.Linear's subclasses: what they add (quantised weights, say) would be lost.
+        raise ValueError("the model is already adapted: adapt a fresh one")
     linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
+    chosen = {name: linear for name, linear in linears.items() if target_of(name, targets)}
+    for name, module in model.named_modules():
+        # Other classes may compute something else, or not call their weight: quantized layers,
+        # Conv1D, subclasses of nn.Linear, the parts of nn.MultiheadAttention.
+        is_like_linear = hasattr(module, "in_features") or hasattr(module, "nx")
+        if target_of(name, targets) and is_like_linear and name not in chosen:
+            raise ValueError(f"{name} is a {type(module).__name__}: only plain nn.Linear layers "
+                             f"can be adapted")
     for target in targets:
-        if not any(target_of(name, [target]) for name in linears):
+        if not any(target_of(name, [target]) for name in chosen):
             known = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
             raise ValueError(f"no nn.Linear is named {target!r}: the model has {known}")
-    chosen = {name: linear for name, linear in linears.items() if target_of(name, targets)}
     in_fast_path = {part for module in model.modules()
                     if isinstance(module, nn.TransformerEncoderLayer) for part in module.modules()}
     for name, linear in chosen.items():
         most = min(linear.weight.shape)
-        if not (isinstance(rank, int) and 1 <= rank <= most):
+        if not (isinstance(rank, Integral) and 1 <= rank <= most):
             raise ValueError(f"rank is {rank}: for {name} it must be an int from 1 to {most}")
+        if method in ("tied", "random") and linear.in_features != linear.out_features:
+            raise ValueError(f"{name} is not square: method {method} is for square weights only")
         if "weight" not in linear._parameters:
             raise ValueError(f"the weight of {name} is computed by a hook (spectral_norm, prune): "
                              f"remove that first")
+        if not linear.weight.is_floating_point():
+            raise ValueError(f"the weight of {name} is {linear.weight.dtype}, not floating point")
         if linear in in_fast_path:
             raise ValueError(f"{name} is part of an nn.TransformerEncoderLayer, whose fast path in "
-                             f"eval mode would pass over the adapter")
+                             f"eval mode ignores the adapter")
     return chosen

@@ -6,9 +6,12 @@ from tqdm import tqdm
 
 
 class Encoded:
-    """A split's token ids and labels, on the device from the start; batches are cut there."""
+    """A split's token ids and labels, on the device from the start; batches are cut there.
 
-    def __init__(self, split, tok, max_len, device):
+    n_types: of the encoder. Where it has only one token type, all types are 0.
+    """
+
+    def __init__(self, split, tok, max_len, device, n_types=2):
         encoded = [tok.encode(*text, max_len=max_len)
                    for text in tqdm(split.texts, "tokenizing", leave=False, delay=2, disable=None)]
         self.lengths = np.array([len(input_ids) for input_ids, _ in encoded])
@@ -21,7 +24,7 @@ class Encoded:
         token_type_ids = np.zeros(shape, np.int64)
         for i, (ids, types) in enumerate(encoded):
             input_ids[i, :len(ids)] = ids
-            token_type_ids[i, :len(ids)] = types
+            token_type_ids[i, :len(ids)] = types if n_types > 1 else 0
         mask = np.arange(shape[1]) < self.lengths[:, None]
         self.input_ids = torch.from_numpy(input_ids).to(device)
         self.token_type_ids = torch.from_numpy(token_type_ids).to(device)
@@ -31,7 +34,7 @@ class Encoded:
     def batch(self, rows, width, padded):
         """((input_ids, token_type_ids, attention_mask), labels) of the rows numbered in `rows`.
 
-        Inputs are (rows, width). The mask is None where no row is padded: attention is faster so.
+        Inputs are (rows, width). The mask is None if no row is padded: attention is faster without.
         """
         mask = self.mask[rows, :width] if padded else None
         inputs = self.input_ids[rows, :width], self.token_type_ids[rows, :width], mask
@@ -54,7 +57,7 @@ class Encoded:
 
 
 def shuffled(widths, size, seed):
-    """Arrays of row numbers: every row once, beside rows of about its width, in random order."""
+    """Arrays of row numbers: every row once, with rows of about its width, in random order."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(widths))
     batches = []

@@ -1,8 +1,9 @@
-"""What the command lines share: help, one line for a mistake, and files that are written whole."""
+"""What every command line does: options, one line for a mistake, files read and written whole."""
 
 import argparse
 import math
 import os
+import pickle
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,8 +29,8 @@ def between(kind, low, high):
         except ValueError:
             value = math.nan
         if not low <= value <= high:
-            what = "whole number" if kind is int else "number"
-            raise argparse.ArgumentTypeError(f"{text!r:.40} is no {what} from {low} to {high}")
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r:.40} is not {what} from {low} to {high}")
         return value
     return parse
 
@@ -37,6 +38,8 @@ def between(kind, low, high):
 @contextmanager
 def one_line(program, stopped="stopped"):
     """A mistake in this block ends the program with a line on standard error and exit status 2."""
+    # A terminal that knows fewer characters gets "?" for the others.
+    sys.stdout.reconfigure(errors="replace")
     message = None
     try:
         yield
@@ -53,19 +56,31 @@ def one_line(program, stopped="stopped"):
 
 
 @contextmanager
-def naming(file):
-    """Put `file`, if there is one, before the message of an error in this block."""
+def reading(file):
+    """Whatever goes wrong in this block is one ValueError that names `file`.
+
+    It quotes the first line of the error, after its type unless that is ValueError, in at most 200
+    characters. FileNotFoundError passes, and so does a ValueError that names the file already.
+    """
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
-        if not file:
+    except FileNotFoundError:
+        raise
+    except Exception as error:
+        if type(error) is ValueError and str(file) in str(error):
             raise
-        raise ValueError(f"{file}: {error}") from None
+        reason, kind = (str(error).splitlines() or [""])[0], type(error).__name__
+        if isinstance(error, pickle.UnpicklingError):  # torch.load's text advises to run its code
+            reason = "not a PyTorch file of plain tensors"
+        elif type(error) is not ValueError:
+            reason = f"{kind}: {reason}"
+        raise ValueError(f"{file}: {reason:.200}") from error
 
 
 def write(file, data):
-    """Write bytes beside `file`, then rename that: a stopped run leaves the last whole one."""
-    partial = beside(file)
+    """Write bytes next to `file`, then rename that: an interrupted run leaves the last whole one.
+    """
+    partial = partial_of(file)
     try:
         partial.write_bytes(data)
         os.replace(partial, file)
@@ -74,25 +89,27 @@ def write(file, data):
         raise OSError(f"{file} cannot be written: {error.strerror}") from None
 
 
-def check_writable(file, option, mark):
-    """Raise ValueError now where `write` could not write what `option` names.
+def check_outputs(outputs, inputs):
+    """Raise ValueError now if `write` could not write one of {option: file or None} later.
 
-    Or where it would replace a file of another kind: ours have the bytes `mark` near the beginning.
+    Or if a file is named twice, among the outputs and the files `inputs`.
     """
-    try:
-        if file.exists():
-            if not file.is_file():
-                raise ValueError("it is no file")
-            with open(file, "rb") as there:
-                begin = there.read(500)
-            if begin and mark not in begin:
-                raise ValueError("a file of another kind is there")
-        beside(file).write_bytes(b"")
-        beside(file).unlink()
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise ValueError(f"{option} {str(file)[:150]} cannot be written: {reason}") from None
+    taken = {Path(file).resolve() for file in inputs if file}
+    for option, file in outputs.items():
+        if not file:
+            continue
+        try:
+            if file.resolve() in taken:
+                raise ValueError("it is also an input or another output")
+            if file.exists() and not file.is_file():
+                raise ValueError("it is not a file")
+            partial_of(file).write_bytes(b"")
+            partial_of(file).unlink()
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ValueError(f"{option} {str(file)[:150]} cannot be written: {reason}") from None
+        taken.add(file.resolve())
 
 
-def beside(file):
+def partial_of(file):
     return file.with_name(file.name + ".condlora.part")

@@ -1,7 +1,7 @@
 """Adapters as Hugging Face's PEFT stores them: adapter_config.json, adapter_model.safetensors.
 
     export(model, encoder_folder, folder)     # PeftModel.from_pretrained reads it
-    factors = read(folder, model)             # A and B of somebody's LoRA adapter
+    factors = read(folder, model)             # A and B of anyone's LoRA adapter
 """
 
 import json
@@ -11,29 +11,40 @@ from pathlib import Path
 import torch
 
 from condlora import AdaptedLinear
-from model import check, hf_name, read_json, read_safetensors, short, write_safetensors
+
+from .command import reading, write
+from .pretrained import hf_name, read_safetensors, write_safetensors
 
 BASE = "base_model.model."  # before each name in PEFT's file
+# Settings that say how an adapter was trained, not what it computes.
+ABOUT_TRAINING = {
+    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout",
+    "use_rslora", "bias", "modules_to_save", "init_lora_weights", "layers_to_transform",
+    "layers_pattern", "megatron_core", "eva_config", "qalora_group_size", "runtime_config",
+}
+# Other initializations ("pissa", "olora", ...) subtract B A from W0, or turn it into another one.
+KEEPS_W0 = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 def export(model, encoder, folder):
     """Write the adapter, CondLoRA's as the LoRA that it makes, and the head into `folder`.
 
     It is for transformers' AutoModelForSequenceClassification of `encoder`, with as many labels
-    as the head has outputs. Raises ValueError where there is no adapter, or the folder is not new.
+    as the head has outputs. Raises ValueError if there is no adapter, or the folder is not new.
     """
     kind = model.config.model_type
     # hf_name knows "attention.out." by its dot.
     layers = {hf_name(f"{name}.", kind)[:-1]: layer for name, layer in model.named_modules()
               if isinstance(layer, AdaptedLinear)}
     if not layers:
-        raise ValueError("--method head and full have no adapter to export: use lora or condlora")
+        raise ValueError("--method head and full have no adapter to export: use another method")
     tensors = {}
     for name, layer in layers.items():
         for letter, factor in zip("AB", layer.factors()):
-            tensors[f"{BASE}{name}.lora_{letter}.weight"] = factor.detach().cpu()
+            tensors[f"{BASE}{name}.lora_{letter}.weight"] = factor
     for name, parameter in model.head.named_parameters():
-        tensors[BASE + hf_name(f"head.{name}", kind)] = parameter.detach().cpu()
+        tensors[BASE + hf_name(f"head.{name}", kind)] = parameter
     settings = {
         "peft_type": "LORA",
         "task_type": "SEQ_CLS",
@@ -47,53 +58,61 @@ def export(model, encoder, folder):
         "modules_to_save": ["pooler", "classifier"] if kind == "bert" else ["classifier"],
     }
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-        raise ValueError(f"--export {folder} is there already: name a new folder")
+        raise ValueError(f"--export {folder} exists already: name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(folder / "adapter_model.safetensors", tensors)
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    write(folder / "adapter_config.json", (json.dumps(settings, indent=2) + "\n").encode())
 
 
 def read(folder, model):
     """{name of a layer of `model`: (A (r, d_in), B (d_out, r), scale)} of PEFT's LoRA adapter.
 
-    Raises ValueError or FileNotFoundError where the folder holds none, or one of another kind
-    (DoRA, ranks that differ) or of another encoder.
+    Raises FileNotFoundError or ValueError, naming the setting or the tensor, if the folder has no
+    adapter, if it is not plain LoRA of this encoder with one rank, or if it changes W0 itself.
     """
     folder, kind = Path(folder), model.config.model_type
-    file = folder / "adapter_config.json"
-    settings = read_json(file)
-    check(settings, {"r": (int, 1, 10 ** 6), "lora_alpha": (float, 1e-30, 1e30)}, f"{file}")
-    plain = {"peft_type": "LORA", "use_dora": False, "rank_pattern": {}, "alpha_pattern": {}}
-    for name, value in plain.items():
-        if (settings.get(name) or value) != value:
-            raise ValueError(f"{file}: {name} is {short(settings[name])}, which is not plain LoRA")
-    rank = settings["r"]
-    # rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
-    scale = settings["lora_alpha"] / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-
-    file = folder / "adapter_model.safetensors"
-    if not file.is_file():
-        raise FileNotFoundError(f"no {file.name} in {folder}: it should be a LoRA adapter of PEFT")
-    tensors = {}
-    for name, tensor in read_safetensors(file).items():
+    config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    for needed in (config, file):
+        if not needed.is_file():
+            raise FileNotFoundError(f"no {needed.name} in {folder}: it should be PEFT's adapter")
+    with reading(config):
+        settings = json.loads(config.read_text(encoding="utf-8"))
+        if settings["peft_type"] != "LORA":
+            raise ValueError(f"peft_type is {settings['peft_type']!r:.40}, not 'LORA'")
+        start = settings.get("init_lora_weights")
+        if not any(start is value for value in KEEPS_W0) and start not in KEEPS_W0[3:]:
+            raise ValueError(f"init_lora_weights is {start!r:.40}, which changes W0: the encoder's "
+                             f"own W0 does not belong to this A and B")
+        for name, value in settings.items():
+            if value and name not in ABOUT_TRAINING:
+                raise ValueError(f"{name:.40} is {value!r:.40}: only plain LoRA can be read")
+        rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
+        # rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
+        scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        if not 0 < scale < math.inf:
+            raise ValueError(f"lora_alpha / r is {scale}: it must be a positive number")
+    with reading(file):
         # PEFT has the "roberta." only where it wrapped a model with a head.
-        tensors[name.removeprefix(BASE).removeprefix(f"{kind}.")] = tensor
-    factors = {}
-    for name, module in model.named_modules():
-        if not isinstance(module, torch.nn.Linear):
-            continue
-        key = hf_name(f"{name}.", kind)[:-1].removeprefix(f"{kind}.")
-        A, B = (tensors.pop(f"{key}.lora_{letter}.weight", None) for letter in "AB")
-        if A is None and B is None:
-            continue
-        d_out, d_in = module.weight.shape
-        for tensor, shape in ((A, (rank, d_in)), (B, (d_out, rank))):
-            if tensor is None or tensor.shape != shape:
-                given = "not there" if tensor is None else tuple(tensor.shape)
-                raise ValueError(f"{file}: a factor of {key} is {given}, expected {shape}")
-        factors[name] = A, B, scale
-    left = [name for name in tensors if ".lora_" in name]
-    if left or not factors:
-        raise ValueError(f"{file} is not of this encoder, a {kind}: "
-                         f"{short(left[0]) if left else 'it has no lora_A'}")
+        tensors = {name.removeprefix(BASE).removeprefix(f"{kind}."): tensor
+                   for name, tensor in read_safetensors(file).items()}
+        factors = {}
+        for name, module in model.named_modules():
+            key = hf_name(f"{name}.", kind)[:-1].removeprefix(f"{kind}.")
+            A, B = (tensors.pop(f"{key}.lora_{letter}.weight", None) for letter in "AB")
+            if A is None and B is None:
+                continue
+            d_out, d_in = module.weight.shape
+            for tensor, shape in ((A, (rank, d_in)), (B, (d_out, rank))):
+                if tensor is None or tensor.shape != shape:
+                    given = "missing" if tensor is None else tuple(tensor.shape)
+                    raise ValueError(f"a factor of {key} is {given}, expected {shape}")
+            factors[name] = A, B, scale
+        # What is left may be a head, or biases, which leave W0 alone.
+        for name in tensors:
+            is_head = name.startswith(("classifier.", "pooler."))
+            if ".lora_" in name or not (is_head or name.endswith(".bias")):
+                raise ValueError(f"it has {name:.80}, which plain LoRA of this encoder, a {kind}, "
+                                 f"does not have")
+        if not factors:
+            raise ValueError(f"it adapts no layer of this encoder, a {kind}")
     return factors

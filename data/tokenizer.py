@@ -3,95 +3,33 @@
     tok = load("data/models/roberta-base")
     input_ids, token_type_ids = tok.encode("A first sentence.", "Perhaps a second.", max_len=128)
 
-A tokenizer is two steps: text to words by fixed rules (CLEAN, WORD and so on, below the classes),
-then each word to pieces by a learned vocabulary. Words repeat, so the second step is remembered for
-each word. WordPiece is BERT's and MPNet's (Wu et al. 2016, arXiv:1609.08144), byte-level BPE
-RoBERTa's (Radford et al. 2019).
+Both algorithms split a text into words by fixed rules, then each word into pieces by a learned
+vocabulary. WordPiece is BERT's and MPNet's (Wu et al. 2016, arXiv:1609.08144), byte-level BPE is
+RoBERTa's (Radford et al. 2019). `Tokenizer` adds special tokens to the pieces and truncates.
 """
 
+import json
 import re
 import unicodedata
 from functools import lru_cache
-from itertools import count
+from heapq import heappop, heappush
 from pathlib import Path
 
-from model import check, read_json, short
+from .command import reading
 
 
-class Tokenizer:
-    """What the two share: special tokens, pairs, truncation. A child has words and ids_of_word.
+class WordPiece:
+    """BERT's: clean, lower-case and split the text; cut words into the longest known pieces.
 
-    vocab: {token: id}. patterns: regular expressions that find the special tokens in a text.
+    vocab: {piece: id}. A piece that continues a word begins with "##".
     """
 
-    seps_between = 2  # <s> a </s></s> b </s>; 1 for [CLS] a [SEP] b [SEP]
-    second_type = 0  # the token type of b
-
-    def __init__(self, vocab, patterns, unk, cls, sep, pad, mask):
-        for token in (unk, cls, sep, pad, mask):
-            if token not in vocab:
-                raise ValueError(f"the vocabulary has no special token {short(token)}")
-        self.vocab, self.vocab_size = vocab, max(vocab.values()) + 1
-        self.unk_id, self.cls_id, self.sep_id = vocab[unk], vocab[cls], vocab[sep]
-        self.pad_id, self.mask_id = vocab[pad], vocab[mask]
-        # A special token written out in the text stands for itself.
-        self.special = re.compile("(" + "|".join(patterns) + ")")
-        # A cache for each tokenizer; a decorator's would be shared.
-        self.ids_of_word = lru_cache(maxsize=1 << 18)(self.ids_of_word)
-
-    def ids(self, text):
-        """Token ids of a text, without the special tokens around it."""
-        ids = []
-        # Splitting by a group gives plain text, special token, plain text, and so on.
-        for i, part in enumerate(self.special.split(text)):
-            if i % 2:
-                ids.append(self.vocab[part.strip()])
-            elif part:
-                for word in self.words(part):
-                    ids += self.ids_of_word(word)
-        return ids
-
-    def encode(self, text, pair=None, max_len=128):
-        """(input_ids, token_type_ids) of a sentence or a pair, special tokens included.
-
-        They are at most max_len long: too long a pair loses tokens at the end of its longer part
-        first ("longest first"). Raises ValueError where max_len leaves no room for a token.
-        """
-        a = self.ids(text)
-        b = None if pair is None else self.ids(pair)
-        room = max_len - (2 if b is None else 2 + self.seps_between)
-        if room < 1:
-            raise ValueError(f"max_len is {max_len}: "
-                             f"the special tokens alone need {max_len - room}")
-        if b is None:
-            a = a[:room]
-            return [self.cls_id, *a, self.sep_id], [0] * (len(a) + 2)
-        # The longer gives way until both are half of the room; of two halves that differ by one
-        # token, the larger is the longer part's.
-        half_of_a = (room + (len(a) > len(b))) // 2
-        keep = max(half_of_a, room - len(b))
-        a = a[:keep]
-        b = b[:room - len(a)]
-        first = [self.cls_id, *a, self.sep_id]
-        second = [self.sep_id] * (self.seps_between - 1) + [*b, self.sep_id]
-        return first + second, [0] * len(first) + [self.second_type] * len(second)
-
-
-class WordPiece(Tokenizer):
-    """BERT's: clean, lower-case and split the text; cut words into the longest known pieces."""
-
-    seps_between = 1
-    second_type = 1
-    more_special = ()
-
-    def __init__(self, vocab, lower=True, strip_accents=None, split_chinese=True, **special):
-        patterns = [re.escape(token) for token in (*special.values(), *self.more_special)]
-        super().__init__(vocab, patterns, **special)
-        self.lower = lower
+    def __init__(self, vocab, unk_id, lower, strip_accents, split_chinese):
+        self.vocab, self.unk_id = vocab, unk_id
+        self.lower, self.split_chinese = lower, split_chinese
         self.strip_accents = lower if strip_accents is None else strip_accents
-        self.split_chinese = split_chinese
 
-    def words(self, text):
+    def normalize(self, text):
         text = text.translate(CLEAN)
         if not text.isascii():
             if self.split_chinese:
@@ -102,8 +40,9 @@ class WordPiece(Tokenizer):
             if self.lower:
                 # Python's lower() gives a final sigma at a word's end, Hugging Face's does not.
                 text = text.replace("\u03a3", "\u03c3")
-        if self.lower:
-            text = text.lower()
+        return text.lower() if self.lower else text
+
+    def words(self, text):
         return text.translate(SPACED).split()
 
     def ids_of_word(self, word):
@@ -113,36 +52,29 @@ class WordPiece(Tokenizer):
         while start < len(word):
             prefix = "##" if start else ""
             for end in range(len(word), start, -1):
-                piece = self.vocab.get(prefix + word[start:end])
-                if piece is not None:
+                if prefix + word[start:end] in self.vocab:
                     break
             else:
                 return [self.unk_id]  # one unknown piece makes the whole word unknown
-            ids.append(piece)
+            ids.append(self.vocab[prefix + word[start:end]])
             start = end
         return ids
 
 
-class MPNetWordPiece(WordPiece):
-    """BERT's words and pieces between RoBERTa's special tokens."""
+class ByteLevelBPE:
+    """RoBERTa's: split the text, spaces kept; write each word as bytes; join learned neighbours.
 
-    seps_between = 2
-    second_type = 0
-    more_special = ("<unk>",)  # beside [UNK], which is the one it uses
+    vocab: {piece: id}. merges: [(piece, piece)], in the order in which they were learned.
+    """
 
-
-class ByteLevelBPE(Tokenizer):
-    """RoBERTa's: split the text, spaces kept; write each word as bytes; join learned neighbours."""
-
-    def __init__(self, vocab, merges, add_prefix_space=False, **special):
-        patterns = {name: re.escape(token) for name, token in special.items()}
-        patterns["mask"] = r"\s*" + patterns["mask"]  # <mask> takes the spaces before it along
-        super().__init__(vocab, patterns.values(), **special)
+    def __init__(self, vocab, merges, add_prefix_space):
+        self.vocab, self.add_prefix_space = vocab, add_prefix_space
         self.rank = {pair: i for i, pair in enumerate(merges)}
-        self.add_prefix_space = add_prefix_space
+
+    normalize = str  # which leaves a text as it is
 
     def words(self, text):
-        if self.add_prefix_space and not text[0].isspace():
+        if self.add_prefix_space and not text.startswith(" "):
             text = " " + text
         # WORD knows ASCII only. It is matched on a shadow of the text, in which every other letter
         # is an "a", every other digit a "0", and every other sign a "!". The lengths are the same:
@@ -152,61 +84,137 @@ class ByteLevelBPE(Tokenizer):
         return (text[match.start():match.end()] for match in WORD.finditer(shadow))
 
     def ids_of_word(self, word):
-        parts = [BYTES[byte] for byte in word.encode("utf-8", errors="replace")]
-        while len(parts) > 1:
+        letters = (BYTES[byte] for byte in word.encode("utf-8", errors="replace"))
+        parts = [None, *(letter for letter in letters if letter in self.vocab), None]
+        after, before = [*range(1, len(parts) + 1)], [*range(-1, len(parts) - 1)]  # a linked list
+        heap = []  # of (rank, i): the parts at i and after[i] can be joined
+
+        def push(i):
+            if (parts[i], parts[after[i]]) in self.rank:
+                heappush(heap, (self.rank[parts[i], parts[after[i]]], i))
+        for i in range(len(parts) - 1):
+            push(i)
+        while heap:
             # Join the first of the neighbours that were learned earliest.
-            ranks = [self.rank.get(pair, len(self.rank)) for pair in zip(parts, parts[1:])]
-            best = ranks.index(min(ranks))
-            if ranks[best] == len(self.rank):
-                break
-            parts[best:best + 2] = [parts[best] + parts[best + 1]]
-        return [self.vocab.get(part, self.unk_id) for part in parts]
+            rank, i = heappop(heap)
+            j = after[i]
+            if self.rank.get((parts[i], parts[j])) != rank:
+                continue  # one of the two has been joined to another part since
+            parts[i], parts[j], after[i] = parts[i] + parts[j], None, after[j]
+            before[after[i]] = i
+            push(before[i])
+            push(i)
+        return [self.vocab[part] for part in parts if part is not None]
 
 
-# Rules about characters, each worked out the first time it is met --------------------------------
+class Tokenizer:
+    """An algorithm with what surrounds it: added tokens, special tokens, pairs, truncation.
+
+    added: [{"content", "id", "lstrip", "normalized"}], tokens that stand for themselves wherever
+    they are written in a text. ids: {token: id}. special: {"cls": "[CLS]", ...}. template: what a
+    pair becomes, [("cls" or "sep" or "A" or "B", token type), ...]; a text, its first three.
+    """
+
+    def __init__(self, algorithm, added, ids, special, template, truncate_left):
+        self.algorithm, self.template, self.truncate_left = algorithm, template, truncate_left
+        self.unk_id, self.cls_id, self.sep_id, self.pad_id, self.mask_id = (
+            ids[special[name]] for name in ("unk", "cls", "sep", "pad", "mask"))
+        self.vocab_size = max(ids.values()) + 1
+        # Most added tokens are found as they are written, the others after normalization.
+        self.written = {token["content"]: token for token in added if not token["normalized"]}
+        self.normalized = {algorithm.normalize(token["content"]): token
+                           for token in added if token["normalized"]}
+        self.find_written, self.find_normalized = finder(self.written), finder(self.normalized)
+        # Words repeat. A cache for each tokenizer; a decorator's would be shared.
+        self.ids_of_word = lru_cache(maxsize=1 << 18)(algorithm.ids_of_word)
+
+    def ids(self, text):
+        """Token ids of a text, without the special tokens around it."""
+        ids = []
+        # Splitting by a group gives plain text, added token, plain text, and so on.
+        for i, part in enumerate(self.find_written.split(text)):
+            if i % 2:
+                ids.append(self.written[part.lstrip(SPACES)]["id"])
+                continue
+            for j, part in enumerate(self.find_normalized.split(self.algorithm.normalize(part))):
+                if j % 2:
+                    ids.append(self.normalized[part.lstrip(SPACES)]["id"])
+                elif part:
+                    for word in self.algorithm.words(part):
+                        ids += self.ids_of_word(word)
+        return ids
+
+    def encode(self, text, pair=None, max_len=128):
+        """(input_ids, token_type_ids) of a text or a pair of texts, special tokens included.
+
+        They are at most max_len long: too long a pair loses tokens of its longer part first
+        ("longest first"). Raises ValueError if max_len leaves no room for a token.
+        """
+        template = self.template[:3] if pair is None else self.template
+        a, b = self.ids(text), [] if pair is None else self.ids(pair)
+        n_special = len(template) - (1 if pair is None else 2)
+        room = max_len - n_special
+        if room < 1:
+            raise ValueError(f"max_len is {max_len}: the special tokens alone need {n_special}")
+        # The longer gives way until both are half of the room; of two halves that differ by one
+        # token, the larger is the longer part's.
+        half_of_a = (room + (len(a) > len(b))) // 2
+        step = -1 if self.truncate_left else 1
+        a = a[::step][:max(half_of_a, room - len(b))][::step]
+        b = b[::step][:room - len(a)][::step]
+        ids = {"cls": [self.cls_id], "sep": [self.sep_id], "A": a, "B": b}
+        return ([i for part, _ in template for i in ids[part]],
+                [token_type for part, token_type in template for _ in ids[part]])
+
+
+def finder(tokens):
+    """A regular expression that finds the keys of `tokens`: the leftmost, and then the longest."""
+    # lstrip: a token takes the spaces before it along, all of them.
+    patterns = [f"(?<![{SPACES}])[{SPACES}]*" * token["lstrip"] + re.escape(content)
+                for content, token in sorted(tokens.items(), key=lambda item: -len(item[0]))]
+    return re.compile(f"({'|'.join(patterns) or '(?!)'})")
+
+
+# Rules about characters --------------------------------------------------------------------------
 
 class Rule(dict):
-    """For str.translate: what becomes of a character, by a function, remembered."""
+    """A table for str.translate that asks a function about each character once."""
 
     def __init__(self, function):
         self.function = function
 
     def __missing__(self, code):
-        self[code] = self.function(chr(code))
-        return self[code]
+        return self.setdefault(code, self.function(chr(code)))
 
 
 def clean(c):
     """BERT's: white space becomes a space, control characters vanish."""
-    if c in "\t\n\r":
-        return " "
-    if c == "\ufffd" or unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co"):
-        return None
-    return " " if c.isspace() else c
+    if c in "\t\n\r" or unicodedata.category(c) not in ("Cc", "Cf", "Cs", "Co"):
+        return " " if c.isspace() else c if c != "\ufffd" else None
 
 
 def class_of(c):
     """An ASCII character of the same class: letter, digit, space or other sign."""
-    if "\x1c" <= c <= "\x1f":  # control characters, which Python's isspace takes in
+    if "\x1c" <= c <= "\x1f":  # control characters, which isspace includes
         return "!"
     if c.isascii():
         return c
     if c.isspace():
-        return "\t"  # and no " ", which WORD joins to the word after it
+        return "\t"  # not " ", which WORD joins to the word after it
     return {"L": "a", "N": "0"}.get(unicodedata.category(c)[0], "!")
 
 
 def spaced(c):
-    """BERT's: a sign is a word of its own: Unicode's punctuation, and all of ASCII's signs."""
-    if c.isascii():
-        is_sign = c.isprintable() and not c.isalnum() and c != " "
-    else:
-        is_sign = unicodedata.category(c)[0] == "P"
+    """BERT's: Unicode's punctuation and all of ASCII's signs are words of their own."""
+    is_sign = unicodedata.category(c)[0] == "P" or c in "$+<=>^`|~"
     return f" {c} " if is_sign else c
 
 
 CLEAN, CLASSES, SPACED = Rule(clean), Rule(class_of), Rule(spaced)
-# Hugging Face's ranges, though the last but one begins 256 characters after Unicode's.
+# Unicode's white space, without four control characters that Python's isspace includes.
+SPACES = "".join(c for c in map(chr, range(0x3001)) if c.isspace() and not "\x1c" <= c <= "\x1f")
+# The ranges of _is_chinese_char in Google's tokenization.py for BERT, as Hugging Face's tokenizers
+# has them: it begins the last but one (CJK Extension E) at U+2B920, Google and Unicode at U+2B820.
 CHINESE = re.compile(
     "[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002a6df\U0002a700-\U0002b73f"
     "\U0002b740-\U0002b81f\U0002b920-\U0002ceaf\U0002f800-\U0002fa1f]")
@@ -214,79 +222,182 @@ CHINESE = re.compile(
 # before them, or spaces.
 WORD = re.compile(
     r"'(?:[stmd]|re|ve|ll)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+", re.ASCII)
-# GPT-2's alphabet: a printable character for each byte, its own where it has one.
+# GPT-2's alphabet: a printable character for each byte, its own if it has one.
 PRINTABLE = {*range(0x21, 0x7f), *range(0xa1, 0xad), *range(0xae, 0x100)}
-others = count(256)
+others = iter(range(256, 512))
 BYTES = [chr(byte if byte in PRINTABLE else next(others)) for byte in range(256)]
 
 
 # Reading a folder --------------------------------------------------------------------------------
 
-def load(path):
-    """The tokenizer of a folder: vocab.txt is WordPiece's, vocab.json with merges.txt BPE's.
+BERT = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
+ROBERTA = {"unk": "<unk>", "cls": "<s>", "sep": "</s>", "pad": "<pad>", "mask": "<mask>",
+           "bos": "<s>", "eos": "</s>"}
+SPECIAL = {"BertTokenizer": BERT, "MPNetTokenizer": ROBERTA | {"unk": "[UNK]"},
+           "RobertaTokenizer": ROBERTA,
+           "PreTrainedTokenizerFast": {}, "TokenizersBackend": {}}  # these follow tokenizer.json
+CLASS_OF = {"bert": "BertTokenizer", "mpnet": "MPNetTokenizer", "roberta": "RobertaTokenizer"}
+BERT_PAIR = [("cls", 0), ("A", 0), ("sep", 0), ("B", 1), ("sep", 1)]
+ROBERTA_PAIR = [("cls", 0), ("A", 0), ("sep", 0), ("sep", 0), ("B", 0), ("sep", 0)]
+MPNET_PAIR = [("cls", 0), ("A", 0), ("sep", 0), ("sep", 0), ("B", 1), ("sep", 1)]
 
-    tokenizer_config.json and special_tokens_map.json are followed where they exist. Raises
-    FileNotFoundError or ValueError, naming the folder, where a file is missing or damaged.
+
+def load(path):
+    """The tokenizer of a folder, as AutoTokenizer of transformers 5 reads it.
+
+    The vocabulary is tokenizer.json's; without that file, vocab.txt's (WordPiece), or that of
+    vocab.json and merges.txt (BPE). Raises FileNotFoundError or ValueError, naming the folder, if a
+    file is missing or damaged, or asks for something that is not implemented here.
     """
     path = Path(path)
-    settings = {}
-    for name in ("special_tokens_map.json", "tokenizer_config.json"):
-        if (path / name).is_file():
-            settings |= read_settings(path / name)
-    try:
-        if (path / "vocab.txt").is_file():
-            return read_wordpiece(path, settings)
-        if (path / "vocab.json").is_file() and (path / "merges.txt").is_file():
-            return read_bpe(path, settings)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    raise FileNotFoundError(f"no vocab.txt, and no vocab.json with merges.txt, in {path}")
+    with reading(path):
+        config, model, saved = (read_json(path / f"{name}.json") for name in
+                                ("tokenizer_config", "config", "tokenizer"))
+        vocab, merges = read_vocabulary(path, saved)
+        kind = (config.get("tokenizer_class") or model.get("tokenizer_class")
+                or CLASS_OF.get(model.get("model_type"))
+                or ("BertTokenizer" if merges is None else "RobertaTokenizer"))
+        kind = kind if kind in SPECIAL else kind.removesuffix("Fast")
+        expect("tokenizer_class", kind, *SPECIAL)
+        ids, special, added = read_tokens(path, config, saved, vocab, kind)
+        template = BERT_PAIR if kind == "BertTokenizer" else ROBERTA_PAIR
+        if not SPECIAL[kind]:
+            template = follow(saved, config, special, ids)
+        elif (kind == "RobertaTokenizer") != (merges is not None):
+            raise ValueError(f"{kind}, but its vocabulary is another algorithm's")
+        types = ["token_type_ids"] * (kind == "BertTokenizer")
+        if "token_type_ids" not in config.get("model_input_names", types):
+            template = [(part, 0) for part, _ in template]
+        get = lambda name, *values: expect(name, config.get(name, values[0]), *values)
+        if merges is None:
+            algorithm = WordPiece(vocab, vocab[special["unk"]], get("do_lower_case", True, False),
+                                  get("strip_accents", None, True, False),
+                                  get("tokenize_chinese_chars", True, False))
+        else:
+            algorithm = ByteLevelBPE(vocab, merges, get("add_prefix_space", False, True))
+        get("split_special_tokens", False)
+        side = (saved.get("truncation") or {}).get("direction", "right").lower()
+        side = get("truncation_side", side, "right", "left")
+        return Tokenizer(algorithm, added, ids, special, template, side == "left")
 
 
-def read_settings(file):
-    """What the tokenizers know of a JSON file's settings; a null leaves the default."""
-    known = {}
-    for name, value in read_json(file).items():
-        if name in SETTINGS and value is not None:
-            if isinstance(value, dict):  # a special token with how it is to be found
-                value = value.get("content")
-            check(value, SETTINGS[name], f"{file}: {name}")
-            known[name] = value
-    return known
+def read_json(file):
+    """The object in a JSON file, or an empty one if there is no such file."""
+    with reading(file):
+        return dict(json.loads(file.read_text("utf-8")).items()) if file.is_file() else {}
 
 
-SETTINGS = {
-    "do_lower_case": bool, "strip_accents": bool, "tokenize_chinese_chars": bool,
-    "add_prefix_space": bool, "unk_token": str, "cls_token": str, "sep_token": str,
-    "pad_token": str, "mask_token": str,
-}
-BERT_TOKENS = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
-ROBERTA_TOKENS = {"unk": "<unk>", "cls": "<s>", "sep": "</s>", "pad": "<pad>", "mask": "<mask>"}
+def expect(what, value, *accepted):
+    if value not in accepted:
+        raise ValueError(f"{what} is {value!r:.60}, expected {' or '.join(map(repr, accepted))}")
+    return value
 
 
-def special_tokens(settings, defaults):
-    """{"unk": "[UNK]", ...}, as the folder's settings have them or else the defaults."""
-    return {name: settings.get(f"{name}_token") or default for name, default in defaults.items()}
+def read_vocabulary(path, saved):
+    """({piece: id}, merges), where merges is None for WordPiece."""
+    text, pairs, merges = path / "vocab.txt", path / "merges.txt", None
+    if (path / "tokenizer.json").is_file():
+        vocab, merges = saved["model"]["vocab"], saved["model"].get("merges")
+        algorithm = "WordPiece" if merges is None else "BPE"
+        expect("tokenizer.json's model", saved["model"].setdefault("type", algorithm), algorithm)
+    elif text.is_file():
+        with reading(text):
+            lines = text.read_text("utf-8").removesuffix("\n").split("\n")
+            vocab = {line.rstrip(SPACES): i for i, line in enumerate(lines)}
+    elif pairs.is_file() and (path / "vocab.json").is_file():
+        vocab = read_json(path / "vocab.json")
+        with reading(pairs):
+            merges = [line for line in pairs.read_text("utf-8").split("\n")
+                      if line and not line.startswith("#version")]
+    else:
+        raise FileNotFoundError(f"no tokenizer.json, no vocab.txt, and no vocab.json with "
+                                f"merges.txt, in {path}")
+    for piece, i in vocab.items():
+        if type(i) is not int or not 0 <= i < 10 ** 7:
+            raise ValueError(f"the vocabulary gives {piece!r:.40} the id {i!r:.20}")
+    if merges is not None:
+        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
+        for pair in merges:
+            if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
+                raise ValueError(f"the merge {pair!r:.60} is not of two pieces in the vocabulary")
+    return vocab, merges
 
 
-def read_wordpiece(path, settings):
-    lines = (path / "vocab.txt").read_text(encoding="utf-8").rstrip("\n").split("\n")
-    vocab = {token: i for i, token in enumerate(lines)}
-    child, tokens = WordPiece, BERT_TOKENS
-    if "<s>" in vocab and "</s>" in vocab:
-        child, tokens = MPNetWordPiece, ROBERTA_TOKENS | {"unk": "[UNK]"}
-    return child(vocab, settings.get("do_lower_case", True), settings.get("strip_accents"),
-                 settings.get("tokenize_chinese_chars", True), **special_tokens(settings, tokens))
+def read_tokens(path, config, saved, vocab, kind):
+    """The ids of all tokens, {"cls": "[CLS]", ...}, and the added tokens; completes `config`."""
+    extras = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    listed = {token["id"]: token for token in saved.get("added_tokens", [])}
+    named = lambda: [key for key, value in config.items()
+                     if key.endswith("_token") and isinstance(value, (str, dict))]
+    if "added_tokens_decoder" in config:  # it replaces two older files
+        decoder = {int(i): token for i, token in config["added_tokens_decoder"].items()}
+        listed = decoder if SPECIAL[kind] else listed | decoder
+    else:
+        config |= read_json(path / "special_tokens_map.json")
+        special = [token_of(token)["content"] for token in (*extras, *map(config.get, named()))]
+        listed = {i: {"content": content, "special": content in special}
+                  for content, i in read_json(path / "added_tokens.json").items()} | listed
+    for name, content in SPECIAL[kind].items():
+        config.setdefault(f"{name}_token", content)
+    for name in BERT:
+        if f"{name}_token" not in named():
+            raise ValueError(f"tokenizer_config.json names no {name}_token")
+    ids, added = dict(vocab), {}
+    for i, token in sorted(listed.items()):
+        token = token_of(token) | {"id": i}
+        # transformers takes the vocabulary's id, or else the next one, whatever the file says.
+        expect(f"the id of {token['content']!r:.40}", i, ids.get(token["content"], len(ids)))
+        added[token["content"]], ids[token["content"]] = token, i
+    extras = extras or config.get("additional_special_tokens") or []
+    for token in (token_of(value, True) for value in (*map(config.get, named()), *extras)):
+        if token["content"] not in ids:
+            raise ValueError(f"the vocabulary has no special token {token['content']!r:.40}")
+        added.setdefault(token["content"], token | {"id": ids[token["content"]]})
+    special = {name: token_of(config[f"{name}_token"])["content"] for name in BERT}
+    return ids, special, added.values()
 
 
-def read_bpe(path, settings):
-    vocab = read_json(path / "vocab.json")
-    check(vocab, {str: (int, 0, len(vocab) - 1)}, "vocab.json")
-    lines = (path / "merges.txt").read_text(encoding="utf-8").split("\n")
-    merges = [tuple(line.split(" ")) for line in lines
-              if line and not line.startswith("#version")]
-    for merge in merges:
-        if len(merge) != 2:
-            raise ValueError(f"merges.txt: {short(' '.join(merge))} is no pair")
-    return ByteLevelBPE(vocab, merges, settings.get("add_prefix_space", False),
-                        **special_tokens(settings, ROBERTA_TOKENS))
+def token_of(value, special=False):
+    """An added token from a file, where a special one may be its text instead of a dict."""
+    token = {"content": value, "special": True} if isinstance(value, str) else value
+    for name in ("single_word", "rstrip"):
+        expect(f"{name} of the added token {token['content']!r:.40}", token.get(name, False), False)
+    return {"content": token["content"], "lstrip": token.get("lstrip", False),
+            "normalized": token.get("normalized", not token.get("special", special))}
+
+
+def follow(saved, config, special, ids):
+    """Put tokenizer.json's flags into `config`; return its template for a pair."""
+    flags = {"lowercase": "do_lower_case", "handle_chinese_chars": "tokenize_chinese_chars",
+             "strip_accents": "strip_accents", "add_prefix_space": "add_prefix_space"}
+    harmless = ("vocab", "merges", "fuse_unk", "trim_offsets", *flags)
+    rules = {"normalizer": {"type": "BertNormalizer", "clean_text": True},
+             "pre_tokenizer": {"type": "BertPreTokenizer"},
+             "model": {"type": "WordPiece", "unk_token": special["unk"],
+                       "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}}
+    if "merges" in saved["model"]:
+        rules = {"normalizer": {}, "model": {"type": "BPE"},
+                 "pre_tokenizer": {"type": "ByteLevel", "use_regex": True}}
+    for part, rule in rules.items():
+        given = saved[part] or {}
+        config |= {flags[name]: value for name, value in given.items() if name in flags}
+        # What is null, empty or false asks for nothing.
+        given = {name: given[name] for name in given if given[name] and name not in harmless}
+        expect(f"tokenizer.json's {part}", given, rule)
+
+    processor, cls, sep = saved["post_processor"] or {}, special["cls"], special["sep"]
+    templates = {"BertProcessing": BERT_PAIR, "RobertaProcessing": ROBERTA_PAIR}
+    kind = expect("tokenizer.json's post_processor", processor.get("type"), "TemplateProcessing",
+                  *templates)
+    if kind in templates:
+        tokens, template = [processor["cls"], processor["sep"]], templates[kind]
+    else:
+        tokens = [[token, *processor["special_tokens"][token]["ids"]] for token in (cls, sep)]
+        names = {cls: "cls", sep: "sep", "A": "A", "B": "B"}
+        template = [(names.get(part["id"]), part["type_id"]) for parts in ("single", "pair")
+                    for piece in processor[parts] for part in piece.values()]
+        expect("the post_processor's template", template,
+               *(pair[:3] + pair for pair in (BERT_PAIR, ROBERTA_PAIR, MPNET_PAIR)))
+        template = template[3:]
+    expect("the post_processor's tokens", tokens, [[cls, ids[cls]], [sep, ids[sep]]])
+    return template

@@ -9,15 +9,22 @@ synonym or the kind's name. So an encoder that fills in masked words learns kind
 synonyms, and nothing in it is tuned to a task.
 
     toy         two sentences, like RTE: does the first entail the second? A false second one is a
-                good sentence, too, with another noun of the same kind or another verb. The second
+                good sentence with another noun of the same kind or another verb. The second
                 sentence alone gives 57%, since a true one has a kind's name more often.
     toy-agree   one sentence, like CoLA: is it well-formed? In a false one the verb has the number
-                of the noun that stands nearer to it, which is never the subject's. Every two
+                of the noun nearer to it, which is never the subject's. Every two
                 neighbours agree in number: only the whole is wrong.
 """
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
 
+from model import Config, Transformer
+
+from . import pretrained, tokenizer
+from .batches import Encoded
 from .glue import Split
 
 TASKS = ("toy", "toy-agree")
@@ -129,7 +136,8 @@ def corpus(n):
 
 
 def load(task="toy"):
-    """{"train", "validation", "test"} of Splits, labels 1 (true) and 0. No example stands twice."""
+    """{"train", "validation", "test"} of Splits, labels 1 (true) and 0. No example appears twice.
+    """
     speaker = Speaker(seed=[1, TASKS.index(task)])  # not the corpus's
     example = speaker.entailment if task == "toy" else speaker.agreement
     examples = {}
@@ -138,3 +146,50 @@ def load(task="toy"):
         examples.setdefault(example(label), label)
     texts, labels = list(examples), list(examples.values())
     return {name: Split(texts[rows], labels[rows]) for name, rows in ROWS.items()}
+
+
+# The encoder -------------------------------------------------------------------------------------
+
+# BERT's initializer_range 0.02 is for d = 768. With it, at d = 64, attention would take 1,500 steps
+# to become useful.
+CONFIG = Config(vocab_size=len(vocabulary()), hidden_size=64, num_hidden_layers=4,
+                num_attention_heads=4, intermediate_size=256, max_position_embeddings=32,
+                hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.1)
+
+
+def make_encoder(folder, steps, device):
+    """Pretrain the toy encoder for so many steps and write it to `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.txt").write_text("\n".join(vocabulary()) + "\n")
+    pretrained.save(pretrain(CONFIG, tokenizer.load(folder), steps, device), folder)
+
+
+def pretrain(config, tok, steps, device):
+    """Masked-language modelling (Devlin et al. 2019): hide a fifth of the words and guess them."""
+    torch.manual_seed(0)
+    model = Transformer(config).to(device)
+    encoded = Encoded(Split(corpus(20000), [0] * 20000), tok, config.max_len, device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 3e-3, steps + 1, pct_start=0.1, anneal_strategy="linear", cycle_momentum=False)
+    rng = np.random.default_rng(0)
+    what = f"pretraining the toy encoder, once, on {device}"
+    bar = tqdm(range(steps), what, disable=None)  # a bar on a terminal, else one line
+    if bar.disable:
+        print(f"{what}: {steps} steps", flush=True)
+    for step in bar:
+        [batch] = encoded.batches([rng.integers(len(encoded.widths), size=64)])
+        (input_ids, token_type_ids, mask), _ = encoded.batch(*batch)
+        is_word = (input_ids != tok.pad_id) & (input_ids != tok.cls_id) & (input_ids != tok.sep_id)
+        hidden = (torch.rand(input_ids.shape, device=device) < 0.2) & is_word
+        states = model.encode(input_ids.masked_fill(hidden, tok.mask_id), token_type_ids, mask)
+        # Input and output embeddings are tied.
+        logits = F.linear(states[hidden], model.embeddings.word.weight)
+        loss = F.cross_entropy(logits, input_ids[hidden])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % 50 == 0:
+            bar.set_postfix(loss=f"{loss.item():.3f}")
+    return model

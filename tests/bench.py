@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import analyze
 import train
 from condlora import adapt
-from data import glue, tokenizer
+from data import glue, pretrained, tokenizer
 from data.batches import Encoded, shuffled
 from model import Config, Transformer
 
@@ -67,7 +67,7 @@ def options(**changes):
     """What train.py's command line would give."""
     defaults = dict(
         model_type="roberta", method="lora", targets=["query", "value"], rank=8, alpha=8.0,
-        lr=1e-3, weight_decay=0.1, grad_clip=1.0, no_graphs=False,
+        lr=1e-3, weight_decay=0.1, grad_clip=1.0, seed=0, no_graphs=False,
         dtype="bfloat16", regression=False)
     return SimpleNamespace(**defaults | changes)
 
@@ -96,7 +96,7 @@ def our_step(args, device, n):
     model.to(device).train()
     split = glue.Split([("x",)] * n, [i % 2 for i in range(n)])
     data = Encoded(split, RandomTokens(), 128, device)
-    step = our_training_step(model, train.fast_forward(model, args, device), data, args)
+    step = our_training_step(model, train.prepare(model, args, device), data, args)
     [batch] = data.batches([np.arange(n)])
     return lambda: step(*batch)
 
@@ -259,8 +259,8 @@ def bench_epoch(args, device, results):
 def our_epochs(method, args, device, splits, tok, n_out, metrics):
     settings = options(method=method)
     torch.manual_seed(0)
-    model = train.build(settings, args.init_from, n_out).to(device)
-    forward = train.fast_forward(model, settings, device)
+    model = train.build(settings, pretrained.load(args.init_from, n_out)).to(device)
+    forward = train.prepare(model, settings, device)
     data = {name: Encoded(split, tok, 128, device) for name, split in splits.items()}
     step = our_training_step(model, forward, data["train"], settings)
     seconds = []
@@ -335,7 +335,7 @@ def bench_cpu(args, device, results):
     for method in ("lora", "condlora"):
         settings = options(method=method, dtype="float32")
         torch.manual_seed(0)
-        model = train.build(settings, args.init_from, len(classes)).train()
+        model = train.build(settings, pretrained.load(args.init_from, len(classes))).train()
         step = our_training_step(model, model, data, settings)
         steps[f"train.py {method}"] = lambda step=step: step(*current[0])
     seconds = {label: [] for label in steps}
@@ -367,7 +367,7 @@ def bench_analysis(args, device, results):
     rand = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
     C_A, C_B, A = rand(12, 768, 8), rand(12, 768, 8), rand(12, 8, 768)
     began = time.perf_counter()
-    ours = analyze.similarity_maps(C_A, C_B, A, 8, 8, "left")
+    ours = analyze.similarity_maps({"A": C_A, "B": C_B}, A, 8, 8, "left")
     our_seconds = time.perf_counter() - began
     whole = {"A": C_A, "B": C_B, "BA": C_B @ A}
     pairs = [(a, b) for a in range(12) for b in range(a)]

@@ -1,23 +1,28 @@
-"""LoRA against CondLoRA at the paper's size: the README's runs, one line of a CSV file each.
+"""LoRA, CondLoRA and its controls at the paper's size: the README's runs, one line of a CSV each.
 
     python tests/experiment.py rate --init_from FOLDER         # which learning rate, by validation
     python tests/experiment.py seeds --init_from FOLDER        # four more seeds, there or near
-    python tests/experiment.py long width collapse --init_from FOLDER
-    python tests/experiment.py tables                          # what the CSV says
+    python tests/experiment.py analysis long sst2 --init_from FOLDER
+    python tests/experiment.py small --init_from FOLDER      # the 6-layer encoder
+    python tests/experiment.py tables                          # what the CSV files say
     python tests/experiment.py figure                          # assets/mpnet.svg
 
-A stage runs what the CSV lacks, several runs side by side, the long ones first; it may be stopped
-and started again, and others may follow it on one command line. Every run is train.py with batches
-of 16 and its other defaults.
+A stage runs what the CSV lacks, several runs side by side on every GPU, the long ones first; it may
+be stopped and started again, and others may follow it on one command line. Every run is train.py
+with batches of 16 and its other defaults. "analysis" also runs analyze.py on LoRA trained with the
+given labels and with shuffled ones, both after the last epoch.
 """
 
 import argparse
 import csv
 import itertools
+import json
 import os
+import queue
 import subprocess
 import sys
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
@@ -25,82 +30,140 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-TASKS = ("rte", "mrpc", "stsb", "cola")  # by steps an epoch
-METHODS = ("lora", "condlora", "head", "full")
-STEPS = dict(zip(TASKS, (141, 207, 324, 482)))
-RATES = (1e-4, 3e-4, 1e-3, 2e-3)
-STAGES = ("rate", "seeds", "long", "width", "collapse")
-QV = "query value"
-ALL = "query key value out fc1 fc2"
-SETTINGS = ("task", "method", "targets", "rank", "lr", "seed", "clip", "epochs")
+sys.path.insert(0, str(ROOT))
+from data import glue
+from data.picture import Picture
+
+TASKS = ("stsb", "cola", "mrpc", "rte")
+METHODS = ("lora", "condlora", "tied", "random", "head")
+ADAPTERS = METHODS[:4]
+# Steps an epoch, to start long runs first.
+STEPS = {"rte": 141, "mrpc": 207, "stsb": 324, "cola": 482, "sst2": 3789}
+RATES = (3e-4, 1e-3, 2e-3)
+FURTHER = {3e-4: 1e-4, 2e-3: 5e-3}  # one step further if the edge is the best
+STAGES = ("rate", "seeds", "analysis", "long", "sst2", "small")
+SETTINGS = dict(encoder="mpnet", task="", method="", targets="query value", rank=8, lr=0.0, seed=0,
+                clip=1.0, weight_decay=0.1, max_len=128, epochs=20)
 RESULTS = ("best_epoch", "validation", "test", "last_loss", "seconds", "curve")
+ANALYSIS = ("task", "labels", "seed", "lr", "matrix", "trained", "control", "control_sd", "z",
+            "raw", "raw_random", "raw_sd", "raw_z")
 
 
 # What is run -------------------------------------------------------------------------------------
 
 def runs_of(stage, rows):
     """A stage's runs, as dicts of SETTINGS."""
-    run = lambda task, method, lr, targets=QV, rank=8, seed=0, clip=1.0, epochs=20: dict(
-        zip(SETTINGS, (task, method, targets, rank, lr, seed, clip, epochs)))
-    adapters, methods = METHODS[:2], METHODS[:3]
     each = itertools.product
+    run = lambda task, method, lr, **more: SETTINGS | dict(task=task, method=method, lr=lr, **more)
+    rate = lambda task, method: best_rate(rows, task, method)
     if stage == "rate":
-        runs = [run(*settings) for settings in each(TASKS, methods, RATES)]
-        # One step further where the largest rate was the best.
-        runs += [run(task, method, 5e-3) for task, method in each(TASKS, methods)
-                 if best_rate(rows, task, method) in (2e-3, 5e-3)]
-        runs += [run(task, "full", lr) for task, lr in each(TASKS[:2], (1e-5, 3e-5, 1e-4))]
-        return runs
+        runs = [run(*settings) for settings in each(TASKS, METHODS, RATES)]
+        runs += [run(task, method, FURTHER[rate(task, method)])
+                 for task, method in each(TASKS, METHODS) if rate(task, method) in FURTHER]
+        # Two tasks also show every weight trained, and a rate at which nothing collapses.
+        return runs + [run(task, "full", lr) for task, lr in each(("mrpc", "rte"),
+                                                                 (1e-5, 3e-5, 1e-4))]
     if stage == "seeds":
-        runs = [run(task, method, best_rate(rows, task, method), seed=seed)
-                for task, method, seed in each(TASKS, methods, (1, 2, 3, 4))]
+        runs = [run(task, method, rate(task, method), seed=seed)
+                for task, method, seed in each(TASKS, METHODS, (1, 2, 3, 4))]
         # There some runs collapse: one seed says little about a rate.
         near = [run(task, method, lr, seed=seed) for task, method, lr, seed
-                in each(TASKS[:2], adapters, RATES[1:], (1, 2, 3, 4))]
+                in each(("mrpc", "rte"), ADAPTERS, RATES, (1, 2, 3, 4))]
         return runs + [run for run in near if run not in runs]
     if stage == "long":
-        return [run(task, method, lr, seed=seed, epochs=80)
-                for task, lrs in (("cola", (1e-3,)), ("rte", (3e-4, 1e-3)), ("mrpc", (1e-3,)))
-                for lr, method, seed in each(lrs, adapters, (0, 1))]
-    if stage == "width":
-        runs = [run(task, "condlora", lr, rank=rank)
-                for task, lrs in (("rte", (1e-4, 3e-4, 1e-3)), ("cola", (3e-4, 1e-3)))
-                for rank, lr in each((16, 32, 64, 96), lrs)]
-        return runs + [run(task, method, lr, targets=ALL)
-                       for task, lrs in (("rte", (1e-4, 3e-4, 1e-3)), ("cola", (1e-4, 3e-4)))
-                       for method, lr in each(adapters, lrs)]
-    if stage == "collapse":
-        return [run(task, method, lr, clip=0.0)
-                for task, method, lr in each(("rte", "mrpc"), adapters, (3e-4, 1e-3, 2e-3))]
-    raise ValueError(f"{stage} stands alone")
+        runs = [run(task, method, lr, seed=seed, epochs=80) for task, lr, method, seed
+                in each(("rte",), (3e-4, 1e-3), ADAPTERS[:3], (0, 1))]
+        runs += [run("cola", method, 1e-3, seed=seed, epochs=80)
+                 for method, seed in each(ADAPTERS[:3], (0, 1))]
+        authors = dict(epochs=100, weight_decay=0.0, max_len=512)
+        return runs + [run("rte", method, lr, seed=seed, **authors) for (method, lr), seed
+                       in each((("lora", 7.7e-5), ("condlora", 1.6e-4)), (0, 1))]
+    if stage == "sst2":
+        return [run("sst2", method, 2e-3 if method == "head" else 1e-3, seed=seed, epochs=3)
+                for method, seed in each(METHODS, (0, 1, 2))]
+    if stage == "small":
+        return [run(task, method, 1e-3, seed=seed, epochs=2 if task == "sst2" else 10,
+                    encoder="minilm")
+                for task, method, seed in each(STEPS, ("lora", "condlora", "tied"), (0, 1, 2))]
+    if stage == "analysis":
+        return [run(task, "lora", rate(task, "lora"), seed=seed, labels=labels)
+                for task, seed, labels in each(TASKS, (0, 1, 2), ("given", "shuffled"))]
+    raise ValueError(f"{stage} cannot be combined with others")
 
 
-def do(run, args):
-    """One run of train.py: its line of the CSV."""
+def shuffle_labels(task, seed, source, target):
+    """Write the task's folder into `target`, with train.tsv's labels in a random order."""
+    about = glue.TASKS[task]
+    folder = Path(target) / about.folder
+    folder.mkdir()
+    (folder / "dev.tsv").write_bytes((Path(source) / about.folder / "dev.tsv").read_bytes())
+    text = (Path(source) / about.folder / "train.tsv").read_text(encoding="utf-8")
+    lines = [line.split("\t") for line in text.rstrip("\n").split("\n")]
+    header = [] if task == "cola" else lines.pop(0)
+    column = 1 if task == "cola" else [name.strip("\r\ufeff") for name in header].index(about.label)
+    labels = [line[column] for line in lines]
+    for line, k in zip(lines, np.random.default_rng(seed).permutation(len(lines))):
+        line[column] = labels[k]
+    text = "\n".join("\t".join(line) for line in ([header] if header else []) + lines)
+    (folder / "train.tsv").write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def do(run, args, gpus):
+    """One run of train.py: its lines of the CSV."""
+    if time.time() > args.until:
+        return []
+    gpu = gpus.get()
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "ckpt.pt"
+        out, data_dir = Path(folder) / "ckpt.pt", args.data_dir
+        if run.get("labels") == "shuffled":
+            shuffle_labels(run["task"], run["seed"], data_dir, folder)
+            data_dir = folder
         command = [
-            sys.executable, ROOT / "train.py", "--init_from", args.init_from, "--out", out,
-            "--data_dir", args.data_dir, "--task", run["task"], "--method", run["method"],
-            "--targets", *run["targets"].split(), "--rank", run["rank"], "--lr", run["lr"],
-            "--seed", run["seed"], "--grad_clip", run["clip"], "--epochs", run["epochs"],
+            ROOT / "train.py", "--init_from", args.init_from, "--out", out, "--data_dir", data_dir,
+            "--task", run["task"], "--method", run["method"], "--targets", *run["targets"].split(),
+            "--rank", run["rank"], "--lr", run["lr"], "--seed", run["seed"], "--grad_clip",
+            run["clip"], "--weight_decay", run["weight_decay"], "--max_len", run["max_len"],
+            "--epochs", run["epochs"],
         ]
-        done = subprocess.run([str(word) for word in command], capture_output=True, text=True,
-                              env=os.environ | {"OMP_NUM_THREADS": "2"})
-        if done.returncode:
-            raise RuntimeError(f"{run}: {done.stderr.splitlines()[-1:]}")
-        checkpoint = torch.load(out, weights_only=True)
-    history = checkpoint["history"]
-    main = lambda figures: f"{100 * next(iter(figures.values())):.2f}"
-    results = (checkpoint["best_epoch"], main(checkpoint["results"]["validation"]),
-               main(checkpoint["results"]["test"]), f"{history[-1]['loss']:.4f}",
+        try:
+            python(command, gpu)
+            ckpt = torch.load(out, weights_only=True)
+            if "labels" in run:
+                torch.save(ckpt | {"weights": ckpt["last"]}, out)
+                return analysis_of(run, out, gpu)
+        finally:
+            gpus.put(gpu)
+    history = ckpt["history"]
+    main = lambda scores: f"{100 * next(iter(scores.values())):.2f}"
+    results = (ckpt["best_epoch"], main(ckpt["results"]["validation"]),
+               main(ckpt["results"]["test"]), f"{history[-1]['loss']:.4f}",
                f"{sum(epoch['seconds'] for epoch in history):.1f}",
                " ".join(f"{float(main(epoch['validation'])):.1f}" for epoch in history))
-    return run | dict(zip(RESULTS, results))
+    return [run | dict(zip(RESULTS, results))]
 
 
-def key(row):
-    return tuple(str(row[name]) for name in SETTINGS)
+def analysis_of(run, out, gpu):
+    device = ["--device", "cuda"] if torch.cuda.is_available() else []
+    python([ROOT / "analyze.py", out, "--json", out.with_suffix(".json"), *device], gpu)
+    tables = json.loads(out.with_suffix(".json").read_text())["similarity"]
+    return [{name: run[name] for name in ("task", "labels", "seed", "lr")}
+            | {"matrix": f"{target} {name}", "control": row["control"][0],
+               "control_sd": row["control"][1], "raw_random": row["raw_random"][0],
+               "raw_sd": row["raw_random"][1]}
+            | {key: row[key] for key in ("trained", "z", "raw", "raw_z")}
+            for target, table in tables.items() for name, row in table.items()]
+
+
+def python(command, gpu):
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": str(gpu)}
+    done = subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True,
+                          env=environment)
+    if done.returncode:
+        raise RuntimeError(f"{command[0]} {command[8:14]}: {done.stderr.splitlines()[-1:]}")
+
+
+def key(row, names=SETTINGS):
+    return tuple(str(row[name]) for name in names)
 
 
 def read(file):
@@ -110,42 +173,50 @@ def read(file):
         return list(csv.DictReader(lines))
 
 
-def run_stages(args):
+def run_stage(stage, args):
+    is_analysis = stage == "analysis"
+    file = args.csv.with_name("analysis.csv") if is_analysis else args.csv
+    columns = ANALYSIS if is_analysis else (*SETTINGS, *RESULTS)
     rows = read(args.csv)
-    known = {key(row) for row in rows}
-    runs = []
-    for stage in args.stages:
-        missing = [run for run in runs_of(stage, rows) if key(run) not in known]
-        runs += sorted(missing, key=lambda run: -STEPS[run["task"]] * run["epochs"])
-    with open(args.csv, "a", newline="") as file, ThreadPoolExecutor(args.jobs) as pool:
-        writer = csv.DictWriter(file, SETTINGS + RESULTS)
-        if not rows:
+    names = ("task", "labels", "seed") if is_analysis else tuple(SETTINGS)
+    known = {key(row, names) for row in read(file)}
+    runs = [run for run in runs_of(stage, rows)
+            if key(run, names) not in known and run["method"] in args.only]
+    runs.sort(key=lambda run: -STEPS[run["task"]] * run["epochs"])
+    gpus = queue.Queue()
+    for _ in range(args.jobs):
+        for gpu in range(max(1, torch.cuda.device_count())):
+            gpus.put(gpu)
+    with open(file, "a", newline="") as opened, ThreadPoolExecutor(gpus.qsize()) as pool:
+        writer = csv.DictWriter(opened, columns, lineterminator="\n")
+        if not known:
             writer.writeheader()
-        for done in as_completed([pool.submit(do, run, args) for run in runs]):
+        for done in as_completed([pool.submit(do, run, args, gpus) for run in runs]):
             try:
-                row = done.result()
+                lines = done.result()
             except RuntimeError as error:  # the others go on
                 print(error, flush=True)
                 continue
-            writer.writerow(row)
-            file.flush()
-            print(" ".join(str(row[name]) for name in SETTINGS + RESULTS[:-1]), flush=True)
+            writer.writerows(lines)
+            opened.flush()
+            for line in lines:
+                print(*(line[name] for name in columns if name != "curve"), flush=True)
 
 
 # What is told ------------------------------------------------------------------------------------
 
-def chosen(rows, task, method, targets=QV, rank=8, clip=1.0, epochs=20):
+def chosen(rows, task, method, **settings):
     """The runs at the best rate by mean validation, of those that were tried with most seeds."""
-    rates = by_rate(rows, task, method, targets, rank, clip, epochs).values()
+    rates = by_rate(rows, task, method, **settings).values()
     return max(rates, key=lambda runs: (len(runs), mean_of(runs, "validation")), default=[])
 
 
-def by_rate(rows, task, method, targets=QV, rank=8, clip=1.0, epochs=20):
+def by_rate(rows, task, method, **settings):
     """{rate: its runs, all seeds}"""
-    wanted = dict(task=task, method=method, targets=targets, rank=rank, clip=clip, epochs=epochs)
+    wanted = SETTINGS | dict(task=task, method=method) | settings
     rates = {}
     for row in sorted(rows, key=lambda row: (float(row["lr"]), row["seed"])):
-        if all(row[k] == str(v) for k, v in wanted.items()):
+        if all(row[k] == str(v) for k, v in wanted.items() if k not in ("lr", "seed")):
             rates.setdefault(float(row["lr"]), []).append(row)
     return rates
 
@@ -160,37 +231,59 @@ def best_rate(rows, task, method):
 
 
 def tests_of(runs):
-    """{seed: test figure}"""
+    """{seed: test score}"""
     return {row["seed"]: float(row["test"]) for row in sorted(runs, key=lambda row: row["seed"])}
+
+
+def table_of(rows, tasks, **settings):
+    """Print mean and deviation of each method's test score, and paired differences."""
+    for task in tasks:
+        of = {method: tests_of(chosen(rows, task, method, **settings)) for method in METHODS}
+        print(f"{task:6}", *(f"{method} {spread(scores)}" for method, scores in of.items()),
+              sep="  ")
+        for one, other in (("condlora", "lora"), ("tied", "lora"), ("random", "lora"),
+                           ("tied", "condlora"), ("random", "condlora")):
+            seeds = sorted(of[one].keys() & of[other].keys())
+            print(f"        {one} - {other}: "
+                  f"{interval([of[one][seed] - of[other][seed] for seed in seeds])}")
 
 
 def tables(args):
     rows = read(args.csv)
     print("by rate: mean validation (how many runs of how many ended at a constant answer)")
-    for task, method, clip in itertools.product(TASKS, METHODS, (1.0, 0.0)):
-        rates = by_rate(rows, task, method, clip=clip)
+    for task, method in itertools.product(TASKS, (*METHODS, "full")):
         cells = [f"{lr:g}: {mean_of(runs, 'validation'):.1f} "
-                 f"({sum(map(collapsed, runs))}/{len(runs)})" for lr, runs in rates.items()]
+                 f"({sum(map(collapsed, runs))}/{len(runs)})"
+                 for lr, runs in by_rate(rows, task, method).items()]
         if cells:
-            print(f"{task:6}{method:10}clip {clip:g}  ", "   ".join(cells))
+            print(f"{task:6}{method:10}", "   ".join(cells))
 
-    print("\ntest at the best rate, over seeds; CondLoRA - LoRA, paired, with its 95% interval")
-    for task in TASKS:
-        of = {method: tests_of(chosen(rows, task, method)) for method in METHODS[:3]}
-        seeds = sorted(of["lora"].keys() & of["condlora"].keys())
-        differences = [of["condlora"][seed] - of["lora"][seed] for seed in seeds]
-        print(f"{task:6}", *map(spread, of.values()), interval(differences), sep="  ")
+    print("\ntest at the best rate, over seeds; differences paired by seed, with 95% intervals")
+    table_of(rows, TASKS)
+    print("\nSST-2, 3 epochs, three seeds")
+    table_of(rows, ["sst2"], epochs=3)
+    print("\nthe 6-layer encoder, 10 epochs (SST-2: 2), three seeds")
+    for task in STEPS:
+        table_of(rows, [task], encoder="minilm", epochs=2 if task == "sst2" else 10)
 
-    print("\nlonger and wider, each at its best rate: test by seed (mean validation)")
-    kinds = {(row["task"], row["method"], row["targets"], row["rank"], row["epochs"])
-             for row in rows if row["clip"] == "1.0" and row["method"] in METHODS[:2]}
-    for task, method, targets, rank, epochs in sorted(kinds, key=lambda k: (k[0], k[2:], k[1])):
-        runs = chosen(rows, task, method, targets, rank, 1.0, epochs)
-        if (targets, rank, epochs) != (QV, "8", "20"):
-            which = "query value" if targets == QV else "all linear"
-            print(f"{task:6}{method:10}{which:13}rank {rank:3} epochs {epochs:3} rate "
-                  f"{runs[0]['lr']:7}", *tests_of(runs).values(),
-                  f"({mean_of(runs, 'validation'):.1f})")
+    print("\nother settings: test by seed (mean validation)")
+    others = ("targets", "rank", "weight_decay", "max_len", "epochs")
+    usual = {key(SETTINGS, others)}
+    kinds = {key(row, ("task", "method", "lr", *others)) for row in rows
+             if key(row, others) not in usual and row["encoder"] == "mpnet"}
+    for kind in sorted(kinds):
+        runs = [row for row in rows if key(row, ("task", "method", "lr", *others)) == kind
+                and row["encoder"] == "mpnet"]
+        print(*kind, "test", *tests_of(runs).values(), f"({mean_of(runs, 'validation'):.1f})")
+
+    print("\nsimilarity of conversion matrices, and of A and B, on 12 layers: mean over seeds")
+    rows = read(args.csv.with_name("analysis.csv"))
+    for task, matrix, labels in sorted({key(r, ("task", "matrix", "labels")) for r in rows}):
+        some = [r for r in rows if key(r, ("task", "matrix", "labels")) == (task, matrix, labels)]
+        values = {name: [float(r[name]) for r in some]
+                  for name in ("trained", "control", "z", "raw", "raw_random", "raw_z")}
+        print(f"{task:6}{matrix:9}{labels:9}", *(f"{name} {np.mean(x):.4f}" if "z" not in name else
+              f"{name} {min(x):+.1f} to {max(x):+.1f}" for name, x in values.items()), sep="  ")
 
 
 def collapsed(row):
@@ -199,9 +292,9 @@ def collapsed(row):
     return float(row["last_loss"]) > 0.98 * constant[row["task"]]
 
 
-def spread(figures):
+def spread(scores):
     """Mean and standard deviation over seeds."""
-    values = list(figures.values())
+    values = list(scores.values())
     return f"{np.mean(values):.1f} \u00b1 {np.std(values, ddof=1):.1f}" if len(values) > 1 else "-"
 
 
@@ -219,80 +312,53 @@ def interval(differences):
 
 # The picture -------------------------------------------------------------------------------------
 
-COLOURS = {"lora": "#3b82c4", "condlora": "#d9822b", "head": "#888888", "full": "#5a9e5a"}
-NAMES = {"lora": "LoRA", "condlora": "CondLoRA", "head": "head alone", "full": "every weight"}
-
-
-def parameters_of(row, d=768, layers=12, every_weight=108_895_872):
-    """How many numbers train beside the head."""
-    if row["method"] in ("head", "full"):
-        return every_weight if row["method"] == "full" else 0
-    per_rank = 2 * 2 * d if row["targets"] == QV else 4 * 2 * d + 2 * 5 * d
-    return per_rank * int(row["rank"]) * (layers if row["method"] == "lora" else 1)
+COLOURS = {"lora": "#3b82c4", "condlora": "#d9822b", "tied": "#8a63d2", "random": "#c2507a",
+           "full": "#5a9e5a"}
+NAMES = {"lora": "LoRA", "condlora": "CondLoRA: M = W0", "tied": "tied: M = identity",
+         "random": "random M", "full": "full fine-tuning"}
+# Query and value, d = 768, rank 8, 12 layers; 108,895,872 weights in the encoder.
+PARAMETERS = {"lora": 294_912, "condlora": 24_576, "tied": 24_576, "random": 24_576,
+              "full": 108_895_872}
+PANELS = {"stsb": ("STS-B, Pearson", 88, 90, 0.5), "cola": ("CoLA, Matthews", 48, 60, 4),
+          "mrpc": ("MRPC, accuracy", 80, 90, 2), "rte": ("RTE, accuracy", 45, 80, 5)}
 
 
 def figure(args):
-    """Test figure against trained numbers, a panel a task, and a learning curve."""
-    rows = read(args.csv)
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 560" role="img" '
-             'font-family="system-ui, sans-serif"><style>.paper{fill:#ffffff} .ink{fill:#1f2328} '
-             ".line{stroke:#8c959f} @media (prefers-color-scheme: dark){.paper{fill:#0d1117} "
-             '.ink{fill:#e6edf3}}</style><rect class="paper" width="900" height="560"/>']
-
-    def write(x, y, text, size=11, anchor="start"):
-        parts.append(f'<text class="ink" x="{x:.0f}" y="{y:.0f}" font-size="{size}" '
-                     f'text-anchor="{anchor}">{text}</text>')
-
-    def panel(left, top, width, title, low, high, ticks):
-        """Draw the axes; returns functions from values to places."""
-        write(left, top - 10, title, 13)
-        parts.append(f'<path class="line" fill="none" d="M{left} {top}V{top + 180}h{width}"/>')
-        x = lambda share: left + width * share
-        y = lambda value: top + 180 * (1 - (value - low) / (high - low))
-        for value in (low, (low + high) / 2, high):
-            write(left - 5, y(value) + 4, f"{value:g}", 10, "end")
-        for share, text in ticks:
-            write(x(share), top + 195, text, 10, "middle")
-        return x, y
-
-    powers = [(power / 4.3, "10" + digit)
-              for power, digit in enumerate("⁴⁵⁶⁷⁸")]
-    titles = {"cola": ("CoLA, Matthews", 45, 65), "rte": ("RTE, accuracy", 45, 75),
-              "mrpc": ("MRPC, accuracy", 80, 90), "stsb": ("STS-B, Pearson", 85, 91)}
-    for number, (task, (title, low, high)) in enumerate(titles.items()):
-        x, y = panel(50 + 285 * (number % 2), 50 + 260 * (number // 2), 235, title, low, high,
-                     powers)
-        settings = {(row["method"], row["targets"], row["rank"]) for row in rows
-                    if row["task"] == task and row["epochs"] == "20" and row["clip"] == "1.0"}
-        for method, targets, rank in sorted(settings):
-            runs = chosen(rows, task, method, targets, rank)
-            values = list(tests_of(runs).values())
-            n, mean = parameters_of(runs[0]), np.mean(values)
-            if not n or mean < low:
+    """Test score against trainable parameters, a panel a task."""
+    rows, drawing = read(args.csv), Picture(860, 640)
+    drawing.text(20, 30, args.title, 17)
+    drawing.text(20, 52, "Test score after 20 epochs, all-mpnet-base-v2; a bar spans the seeds, a "
+                         "dashed line is the head alone", 12)
+    for number, (task, (title, low, high, step)) in enumerate(PANELS.items()):
+        left, top, width, height = 60 + 410 * (number % 2), 100 + 240 * (number // 2), 340, 160
+        x = lambda n: left + width * (np.log10(n) - 4) / 4.5
+        y = lambda value: top + height * (1 - (value - low) / (high - low))
+        drawing.text(left, top - 10, title, 14)
+        drawing.line([(left, top), (left, top + height), (left + width, top + height)])
+        for value in np.arange(low, high + step / 2, step):
+            drawing.text(left - 6, y(value) + 4, f"{value:g}", 10, "end")
+        for power, words in zip(range(4, 9), "\u2074\u2075\u2076\u2077\u2078"):
+            drawing.text(x(10 ** power), top + height + 16, f"10{words}", 10, "middle")
+        drawing.text(left + width, top + height + 32, "trainable parameters, without the head", 11,
+                     "end")
+        head = np.mean(list(tests_of(chosen(rows, task, "head")).values()))
+        if head > low:
+            drawing.line([(left, y(head)), (left + width, y(head))], dashed=True)
+        for shift, method in enumerate(COLOURS):
+            values = list(tests_of(chosen(rows, task, method)).values())
+            if not values:
                 continue
-            where = x((np.log10(n) - 4) / 4.3)
-            hollow = targets != QV
-            parts.append(
-                f'<path stroke="{COLOURS[method]}" d="M{where:.1f} {y(min(values)):.1f}'
-                f'V{y(max(values)):.1f}"/><circle cx="{where:.1f}" cy="{y(mean):.1f}" r="5" '
-                f'stroke="{COLOURS[method]}" fill="{"none" if hollow else COLOURS[method]}">'
-                f"<title>{NAMES[method]}, rank {rank}, {n:,} numbers: {mean:.1f}</title></circle>")
-    x, y = panel(640, 50, 235, "CoLA: validation by epoch", 20, 65,
-                 [(epoch / 80, epoch) for epoch in (0, 20, 40, 60, 80)])
-    for row in rows:
-        if (row["task"], row["epochs"], row["seed"]) == ("cola", "80", "0"):
-            points = " ".join(f"{x((i + 1) / 80):.1f},{y(max(float(value), 20)):.1f}"
-                              for i, value in enumerate(row["curve"].split()))
-            parts.append(f'<polyline fill="none" stroke="{COLOURS[row["method"]]}" '
-                         f'stroke-width="1.5" points="{points}"/>')
-    write(50, 528, "Numbers trained beside the head, on a logarithmic scale. A bar spans five "
-                   "seeds; a point without one is seed 0.", 12)
-    for number, method in enumerate(("lora", "condlora", "full")):
-        parts.append(f'<circle cx="650" cy="{320 + 22 * number}" r="5" fill="{COLOURS[method]}"/>')
-        write(662, 324 + 22 * number, NAMES[method], 12)
-    write(645, 324 + 66, "\u25cf query and value; \u25cb all linear layers", 12)
-    (args.csv.with_suffix(".svg")).write_text("\n".join([*parts, "</svg>"]) + "\n", "utf-8")
-    print(args.csv.with_suffix(".svg"))
+            # The three with one count stand side by side.
+            place = x(PARAMETERS[method]) + (14 * (shift - 2) if 1 <= shift <= 3 else 0)
+            drawing.line([(place, y(min(values))), (place, y(max(values)))], COLOURS[method])
+            drawing.dot(place, y(np.mean(values)), COLOURS[method],
+                        f"{NAMES[method]}: {np.mean(values):.1f}, {len(values)} seeds")
+    for number, (method, name) in enumerate(NAMES.items()):
+        drawing.dot(70 + 160 * number, 608, COLOURS[method])
+        drawing.text(82 + 160 * number, 612, name, 12)
+    file = args.csv.with_name("mpnet.svg")
+    file.write_text(str(drawing), "utf-8")
+    print(file)
 
 
 def main():
@@ -301,15 +367,18 @@ def main():
     add("stages", nargs="+", choices=(*STAGES, "tables", "figure"))
     add("--init_from", default="sentence-transformers/all-mpnet-base-v2")
     add("--data_dir", default=ROOT / "data/glue", type=Path)
-    add("--jobs", type=int, default=5, help="runs side by side; default 5")
-    add("--csv", type=Path, default=ROOT / "assets/mpnet.csv")
+    add("--jobs", type=int, default=5, help="runs side by side on a GPU; default: 5")
+    add("--only", nargs="+", default=(*METHODS, "full"), help="run these methods only")
+    add("--minutes", type=float, default=1e6, help="start no run after so many minutes")
+    add("--csv", type=Path, default=ROOT / "assets/runs.csv")
+    add("--title", default="Test score against trainable parameters", help="the figure's")
     args = parser.parse_args()
-    if args.stages == ["tables"]:
-        tables(args)
-    elif args.stages == ["figure"]:
-        figure(args)
-    else:
-        run_stages(args)
+    args.until = time.time() + 60 * args.minutes
+    for stage in args.stages:
+        if stage in ("tables", "figure"):
+            {"tables": tables, "figure": figure}[stage](args)
+        else:
+            run_stage(stage, args)
 
 
 if __name__ == "__main__":

@@ -21,9 +21,8 @@ from conftest import WORDS, hf_config, hf_state, write_encoder
 
 import analyze
 import train
-from data import checkpoint as checkpoints
-from data import glue, peft_format, tokenizer
-from model import Transformer, write_safetensors
+from data import glue, peft_format, pretrained, tokenizer
+from data.pretrained import write_safetensors
 
 ODD = [None, True, False, 0, 1, -1, 2, 7, 10 ** 9, 10 ** 18, 10 ** 40, 0.5, -0.1, 1.5, float("inf"),
        float("nan"), "", "x", "\u00e9" * 500, "12", "../x", [], [1], ["x"] * 3, [[]], {}, {"a": 1},
@@ -112,7 +111,7 @@ class Readers:
         file = self.encoder / "config.json"
         try:
             file.write_text(text_of(mutated(hf_config("bert"), rng)), encoding="utf-8")
-            Transformer.from_pretrained(self.encoder)
+            pretrained.load(self.encoder)
         finally:
             file.write_text(json.dumps(hf_config("bert")))
 
@@ -125,7 +124,7 @@ class Readers:
             file.write_bytes(struct.pack("<Q", len(text)) + text + self.safetensors[8 + length:])
             if rng.random() < 0.2:
                 file.write_bytes(scribbled(self.safetensors, rng))
-            Transformer.from_pretrained(self.encoder)
+            pretrained.load(self.encoder)
         finally:
             file.unlink()
 
@@ -177,14 +176,14 @@ class Readers:
         file = self.folder / "own" / rng.choice(("train.tsv", "dev.tsv"))
         try:
             file.write_bytes(scribbled(self.own_tsv, rng))
-            glue.load_folder(self.folder / "own", rng.random() < 0.3)
+            glue.own_task(self.folder / "own", rng.random() < 0.3).load("")
         finally:
             file.write_bytes(self.own_tsv)
 
     def peft_adapter(self, rng):
         file = self.folder / "peft/adapter_config.json"
         file.write_text(text_of(mutated(self.peft, rng)), encoding="utf-8")
-        peft_format.read(self.folder / "peft", Transformer.from_pretrained(self.encoder))
+        peft_format.read(self.folder / "peft", pretrained.load(self.encoder))
 
 
 READERS = [name for name in vars(Readers) if not name.startswith("_")]

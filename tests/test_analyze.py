@@ -13,7 +13,9 @@ from conftest import write_encoder
 
 import analyze
 import train
+from data import picture
 from analyze import conversion_matrices, subspace_similarity
+from data.pretrained import read_safetensors, write_safetensors
 from test_data import write_task
 
 
@@ -140,7 +142,7 @@ def test_the_tables_figures_are_a_ten_line_numpy_reckoning(
     encoder = torch.load(bert_folder / "pytorch_model.bin", weights_only=True)
     result = json.load(open("out.json"))
     for target in ("query", "value"):
-        assert ("BA" in result["likeness"][target]) == (
+        assert ("BA" in result["similarity"][target]) == (
             (i, j, side) != (3, 3, "left")
         )  # else it is B's
         C = {"A": [], "B": [], "BA": []}
@@ -156,7 +158,7 @@ def test_the_tables_figures_are_a_ten_line_numpy_reckoning(
                 C[name].append(np.linalg.solve(W0, X))
                 raw[name].append(X)
             assert result["condition"][target][layer] == pytest.approx(np.linalg.cond(W0))
-        for name in result["likeness"][target]:
+        for name in result["similarity"][target]:
             for kind, matrices in (("trained", C), ("raw", raw)):
                 U, V = [np.linalg.svd(X)[0 if side == "left" else 2] for X in matrices[name]]
                 U, V = (U, V) if side == "left" else (U.T, V.T)
@@ -164,73 +166,71 @@ def test_the_tables_figures_are_a_ten_line_numpy_reckoning(
                     np.linalg.norm(U[:, :i].T @ V[:, :j]) ** 2 / min(i, j),
                     np.linalg.norm(V[:, :i].T @ U[:, :j]) ** 2 / min(i, j),
                 ]
-                assert result["likeness"][target][name][kind] == pytest.approx(
+                assert result["similarity"][target][name][kind] == pytest.approx(
                     np.mean(pairs), abs=1e-8
                 )
 
 
-def control_of(file, encoder, target, make):
-    """Mean and deviation of phi between the two layers over ten draws, each C made by `make`."""
-    values = {"A": [], "B": []}
-    draw = torch.Generator().manual_seed(0)
-    weights = [
-        encoder[f"bert.encoder.layer.{l}.attention.self.{target}.weight"].double().numpy()
-        for l in range(2)
-    ]
-    draws = make(
-        weights,
-        lambda A, B: [
-            x.numpy() for x in analyze.untrained_factors(torch.empty(A), torch.empty(B), draw)
-        ],
-    )
-    for one, two in draws:
+def phi_by_hand(X, Y):
+    U, V = np.linalg.svd(X)[0][:, :3], np.linalg.svd(Y)[0][:, :3]
+    return np.linalg.norm(U.T @ V) ** 2 / 3
+
+
+def controls_by_hand(bert_folder, target, make, draws=400):
+    """Mean and deviation of phi between the two layers, where make(W0s, rng) gives both pairs."""
+    encoder = torch.load(bert_folder / "pytorch_model.bin", weights_only=True)
+    W0s = [encoder[f"bert.encoder.layer.{l}.attention.self.{target}.weight"].double().numpy()
+           for l in range(2)]
+    rng, values = np.random.default_rng(0), {"A": [], "B": []}
+    for _ in range(draws):
+        one, two = make(W0s, rng)
         for name, X, Y in zip("AB", one, two):
-            U, V = np.linalg.svd(X)[0][:, :3], np.linalg.svd(Y)[0][:, :3]
-            values[name].append(np.linalg.norm(U.T @ V) ** 2 / 3)
-    return {name: [np.mean(x), np.std(x, ddof=1)] for name, x in values.items()}
+            values[name].append(phi_by_hand(X, Y))
+    return {name: (np.mean(x), np.std(x, ddof=1)) for name, x in values.items()}
+
+
+def agree(control, expected, draws=100):
+    """Two samples of one distribution: means within four standard errors, deviations by a third."""
+    (mean, deviation), (expected_mean, expected_deviation) = control, expected
+    return (abs(mean - expected_mean) < 4 * expected_deviation * (1 / draws + 1 / 400) ** 0.5
+            and abs(deviation / expected_deviation - 1) < 1 / 3)
+
+
+def uniform(rng, *shape):
+    return rng.uniform(-1, 1, shape) / shape[-1] ** 0.5
 
 
 def test_loras_control_is_untrained_factors_through_the_same_w0(checkpoint, capsys, bert_folder):
-    file = checkpoint("lora")
-    run(capsys, file, "--json", "out.json")
-    encoder = torch.load(bert_folder / "pytorch_model.bin", weights_only=True)
-
-    def make(weights, factors):
-        draws = [[factors((3, 8), (8, 3)) for _ in weights] for _ in range(10)]
-        return [
-            [
-                (np.linalg.solve(W0, A.T), np.linalg.solve(W0, B))
-                for W0, (A, B) in zip(weights, layers)
-            ]
-            for layers in draws
-        ]
-
+    run(capsys, checkpoint("lora"), "--json", "out.json")
+    make = lambda W0s, rng: [(np.linalg.solve(W0, uniform(rng, 3, 8).T),
+                              np.linalg.solve(W0, rng.normal(size=(8, 3)))) for W0 in W0s]
     for target in ("query", "value"):
-        row = json.load(open("out.json"))["likeness"][target]
-        for name, expected in control_of(file, encoder, target, make).items():
-            assert row[name]["control"] == pytest.approx(expected)
-            assert row[name]["distance"] == pytest.approx(
-                (row[name]["trained"] - expected[0]) / expected[1]
-            )
-            assert row[name]["random"][0] == pytest.approx(3 / 8, abs=0.15)  # of dimension 3 in 8
+        row = json.load(open("out.json"))["similarity"][target]
+        for name, expected in controls_by_hand(bert_folder, target, make).items():
+            assert agree(row[name]["control"], expected)
+            for z, value, baseline in (("z", "trained", "control"), ("raw_z", "raw", "raw_random")):
+                mean, deviation = row[name][baseline]
+                assert row[name][z] == pytest.approx((row[name][value] - mean) / deviation)
+            for baseline in ("random", "raw_random"):  # of dimension 3 in 8
+                assert row[name][baseline][0] == pytest.approx(3 / 8, abs=0.05)
 
 
-def test_condloras_factors_are_compared_beside_untrained_thetas_through_the_same_w0(
+def test_condloras_factors_are_compared_with_untrained_thetas_through_the_same_w0(
     checkpoint, capsys, bert_folder
 ):
     file = checkpoint("condlora")
     run(capsys, file, "--json", "out.json")
+
+    def make(W0s, rng):
+        theta_A, theta_B = uniform(rng, 3, 8), rng.normal(size=(3, 8))
+        return [(W0 @ theta_A.T, W0 @ theta_B.T) for W0 in W0s]
+
     encoder = torch.load(bert_folder / "pytorch_model.bin", weights_only=True)
-
-    def make(weights, factors):
-        thetas = [factors((3, 8), (3, 8)) for _ in range(10)]
-        return [[(W0 @ theta_A.T, W0 @ theta_B.T) for W0 in weights] for theta_A, theta_B in thetas]
-
     trained = torch.load(file, weights_only=True)["weights"]
     for target in ("query", "value"):
-        row = json.load(open("out.json"))["likeness"][target]
-        for name, expected in control_of(file, encoder, target, make).items():
-            assert row[name]["control"] == pytest.approx(expected)
+        row = json.load(open("out.json"))["similarity"][target]
+        for name, expected in controls_by_hand(bert_folder, target, make).items():
+            assert agree(row[name]["control"], expected)
             theta = trained[f"layers.0.attention.{target}.conversion.theta_{name}"].double()
             factors = [
                 encoder[f"bert.encoder.layer.{l}.attention.self.{target}.weight"].double() @ theta.T
@@ -260,77 +260,55 @@ def test_amplification_is_the_lora_papers(checkpoint, capsys, bert_folder):
     A, B = (weights[f"layers.1.attention.value.{x}"].double().numpy() for x in "AB")
     delta = 6 / 3 * B @ A
     U, S, Vh = np.linalg.svd(delta)
-    row = json.load(open("out.json"))["amplification"]["value"][1]
-    assert row["delta"] == pytest.approx(np.linalg.norm(delta)) and row["W0"] == pytest.approx(
-        np.linalg.norm(W0)
-    )
-    assert row["kept"] == pytest.approx(np.linalg.norm(U[:, :3].T @ W0 @ Vh[:3].T))
-    assert row["factor"] == pytest.approx(row["delta"] / row["kept"])
+    row = json.load(open("out.json"))["amplification"]["value"]
+    kept = np.linalg.norm(U[:, :3].T @ W0 @ Vh[:3].T)
+    assert row["own"][1] == pytest.approx(np.linalg.norm(delta) / kept)
     # Of W0's 8 x 8 directions random ones keep 3 x 3 on average.
-    assert row["random"] == pytest.approx(3 / 8 * row["W0"], rel=0.25)
-    assert row["random_factor"] == pytest.approx(row["delta"] / row["random"])
+    random = 3 / 8 * np.linalg.norm(W0)
+    assert row["random"][1] == pytest.approx(np.linalg.norm(delta) / random, rel=0.1)
 
 
 @pytest.mark.parametrize("method", ["lora", "condlora"])
-def test_the_picture_has_a_cell_for_each_two_layers_coloured_from_random_to_the_largest(
+def test_the_picture_has_trained_pairs_above_the_diagonal_and_the_control_below(
     checkpoint, capsys, tmp_path, method
 ):
     out = run(capsys, checkpoint(method), "--json", "out.json")
-    assert f"picture: {tmp_path / method}.svg" in out
+    assert f"{tmp_path / method}.svg" in out
     tree = ElementTree.parse(f"{method}.svg")
-    cells = [e for e in tree.iter("{http://www.w3.org/2000/svg}rect") if len(e)]
-    assert len(cells) == 2 * 2 * 3 * 2  # targets, A and B, three maps, pairs without the diagonal
-    rows = [
-        row for rows in json.load(open("out.json"))["likeness"].values() for row in rows.values()
-    ]
-    low, high = (
-        min(row["random"][0] for row in rows),
-        max(row[kind][0][1] for row in rows for kind in ("map", "control_map")),
-    )
-    high = max(high, low + 1e-6)
-    shown = {
-        float(re.search(r"[-\d.]+$", cell[0].text)[0]): cell.get("fill")
-        for cell in cells[:2] + cells[2:4]
-    }
-    for value, fill in shown.items():
-        assert (
-            fill == analyze.colour(value, low, high, analyze.VIRIDIS)
-            or abs(value - low) < 1e-3
-            or abs(value - high) < 1e-3
-        )
-    words = "".join(tree.getroot().itertext())
-    assert f"{low:.3f} (random)" in words and f"{high:.3f}" in words
+    tables = json.load(open("out.json"))["similarity"]
+    titles = {rect[0].text: rect.get("fill") for rect in
+              tree.iter("{http://www.w3.org/2000/svg}rect") if len(rect) and rect[0].text}
+    assert len(titles) == 2 * 2 * 2  # targets, A and B, trained and untrained of the one pair
+    for target, rows in tables.items():
+        low = min(row["random"][0] for row in rows.values())
+        high = max(row[kind][0][1] for row in rows.values() for kind in ("map", "control_map"))
+        for name, row in rows.items():
+            for what, key in (("trained", "map"), ("untrained", "control_map")):
+                value = row[key][0][1]
+                title = f"{target} {name}, layers 0 and 1, {what}: {value:.4f}"
+                assert titles[title] == picture.colour(value, low, max(high, low + 1e-6))
+        words = "".join(tree.getroot().itertext())
+        assert f"{low:.3f} (random)" in words
     run(capsys, f"{method}.pt", "--svg", "other.svg")
     assert (tmp_path / "other.svg").is_file()
 
 
 def test_a_title_with_signs_of_xml_leaves_the_picture_whole():
-    row = {"map": [[1.0, 0.2], [0.2, 1.0]], "control_map": [[1.0, 0.1], [0.1, 1.0]]}
-    drawn = analyze.svg({"query": {"A": row | {"random": (0.1, 0.0)}}}, "R&D <one>", ["0", "1"])
+    row = {"map": [[1.0, 0.2], [0.2, 1.0]], "control_map": [[1.0, 0.1], [0.1, 1.0]], "z": 0.0}
+    drawn = analyze.picture({"query": {"A": row | {"random": (0.1, 0.0)}}}, "R&D <one>", ["0", "1"])
     assert "R&D <one>" in "".join(ElementTree.fromstring(drawn).itertext())
 
 
 def test_colours_run_over_the_scale_and_stop_at_its_ends():
     scale = [(0, 0, 0), (100, 200, 50), (255, 255, 255)]
-    assert [analyze.colour(x, 2, 4, scale) for x in (1, 2, 2.5, 3, 4, 9)] == [
-        "#000000",
-        "#000000",
-        "#326419",
-        "#64c832",
-        "#ffffff",
-        "#ffffff",
-    ]
+    assert [picture.colour(x, 2, 4, scale) for x in (1, 2, 2.5, 3, 4, 9)] == [
+        "#000000", "#000000", "#326419", "#64c832", "#ffffff", "#ffffff"]
 
 
 def test_a_condlora_checkpoint_has_one_conversion_matrix_in_every_layer(checkpoint, capsys):
-    run(capsys, checkpoint("condlora"), "--json", "out.json")
-    found = json.load(open("out.json"))["theta"]
-    theta = torch.load("condlora.pt", weights_only=True)["weights"]
-    theta = theta["layers.0.attention.value.conversion.theta_B"]
-    assert all(row["largest_deviation"] < 1e-9 for rows in found.values() for row in rows.values())
-    assert found["value"]["B"]["singular_values"] == pytest.approx(
-        np.linalg.svd(theta.double().numpy())[1].tolist()
-    )
+    out = run(capsys, checkpoint("condlora"), "--json", "out.json")
+    assert all(deviation < 1e-9 for deviation in json.load(open("out.json"))["theta"].values())
+    assert "query: every layer's conversion matrices are theta^T, to" in out
 
 
 def test_two_checkpoints_compare_in_either_order(checkpoint, capsys):
@@ -380,7 +358,7 @@ def test_two_checkpoints_compare_in_either_order(checkpoint, capsys):
 def test_rectangular_targets_are_marked_as_least_squares(checkpoint, capsys):
     out = run(capsys, checkpoint("lora", "--targets", "fc1", "query"), "--json", "out.json")
     assert json.load(open("out.json"))["least_squares"] == {"query": [], "fc1": ["0", "1"]}
-    assert "* rectangular or singular: least squares, which" in out
+    assert "rectangular or singular, so least squares: fc1" in out
     out = run(capsys, checkpoint("condlora", "--targets", "fc1", "fc2"), "--json", "out.json")
     assert set(json.load(open("out.json"))["theta"]) == {"fc1", "fc2"}
     # fc2 is 8x12, so that random C_A (8, 3) is as like as 3 of 8 dimensions, A (3, 12) as 3 of 12.
@@ -390,29 +368,43 @@ def test_rectangular_targets_are_marked_as_least_squares(checkpoint, capsys):
     assert random == pytest.approx({"A": 3 / 12, "C_A": 3 / 8, "B": 3 / 8, "C_B": 3 / 12}, abs=0.07)
 
 
-def test_the_verdict_names_what_is_beyond_the_control():
-    assert "Nowhere more alike" in analyze.verdict({"value": {"A": {"distance": 2.9}}})
-    text = analyze.verdict({"value": {"A": {"distance": 3.1}, "B": {"distance": -4}}})
-    assert "value A" in text and "value B" not in text
+def test_the_verdict_names_what_is_beyond_its_control_and_what_is_the_same_by_construction():
+    row = lambda **changes: {"trained": 0.1, "z": 0.0, "raw": 0.1, "raw_z": 0.0} | changes
+    say = lambda **rows: analyze.verdict({"value": rows}, is_condlora=False)
+    assert "No row exceeds its control by 3 sd" in say(A=row(z=2.9))
+    assert "no more similar than random" in say(A=row(z=2.9))
+    text = say(A=row(z=3.1), B=row(z=-4.0, raw_z=20.0))
+    assert "Beyond the control by more than 3 sd: value A." in text
+    assert "more similar than random by more than 3 sd in: value B." in text
+    assert "That is how CondLoRA makes A and B" in say(A=row(trained=1.0, z=165.0))
+    assert "Beyond the control" not in say(A=row(trained=1.0, z=165.0))
+    assert "all layers share one factor" in say(A=row(raw=1.0, raw_z=99.0))
+
+
+def test_an_exported_condlora_is_known_for_what_it_is(checkpoint, capsys, tmp_path, bert_folder):
+    train.main(["--eval_only", str(checkpoint("condlora")), "--export", str(tmp_path / "peft")])
+    out = run(capsys, tmp_path / "peft", "--init_from", bert_folder)
+    assert "query A, query B, value A, value B: the conversion matrices are the same in all" in out
 
 
 def test_a_mistake_gets_one_line_and_exit_status_2(checkpoint, capsys, tmp_path, bert_folder):
     lora = checkpoint("lora")
     (tmp_path / "not.pt").write_text("x")
-    assert "not.pt is not a checkpoint" in fails(capsys, "not.pt")
+    assert "not.pt: " in fails(capsys, "not.pt")
     assert "no checkpoint gone.pt" in fails(capsys, "gone.pt")
-    assert "head.pt: --method head has no A and B: train one with --method lora or condlora" in (
+    assert "head.pt: nothing to analyze in --method head: train with --method lora or condlora" in (
         fails(capsys, checkpoint("head"))
     )
-    assert "--method full" in fails(capsys, checkpoint("full"))
+    for method in ("full", "tied", "random"):
+        assert f"--method {method}" in fails(capsys, checkpoint(method))
     assert "--i 4 --j 3: A and B of rank 3" in fails(capsys, lora, "--i", 4)
     assert "--i 3 --j -1: A and B" in fails(capsys, lora, "--j", -1)
     assert "of different shapes: query of layers 0 1, 8x8 rank 3" in fails(
         capsys, lora, "--compare", checkpoint("lora", "--rank", "2", out="two.pt")
     )
-    assert "--device tpu is not there: use" in fails(capsys, lora, "--device", "tpu")
+    assert "--device tpu is not available: use" in fails(capsys, lora, "--device", "tpu")
     assert "invalid choice: 'top'" in fails(capsys, lora, "--side", "top")
-    assert "--svg and --json are one file" in fails(capsys, lora, "--svg", "x", "--json", "./x")
+    assert "--json x cannot be written: it is also an input or another output" in fails(capsys, lora, "--svg", "x", "--json", "./x")
     for option in ("--svg", "--json"):
         assert f"{option} lora.pt cannot be written" in fails(capsys, "lora.pt", option, "lora.pt")
     for name, change in (("zero", lambda w: w.zero_()), ("nan", lambda w: w.fill_(float("nan")))):
@@ -423,11 +415,11 @@ def test_a_mistake_gets_one_line_and_exit_status_2(checkpoint, capsys, tmp_path,
         assert "the B of layers.1.attention.value is zero, as before t" in fails(capsys, name)
     moved = bert_folder.rename(tmp_path / "moved")
     assert "not at" in (line := fails(capsys, lora)) and "--init_from" in line
-    assert "mean phi" in run(capsys, lora, "--init_from", moved)
+    assert "mean over pairs" in run(capsys, lora, "--init_from", moved)
     state = torch.load(moved / "pytorch_model.bin", weights_only=True)
     state["bert.embeddings.LayerNorm.bias"] += 1
     write_encoder(moved, state=state)
-    assert "SHA-256 differs" in fails(capsys, lora, "--init_from", moved)
+    assert "its SHA-256 differs" in fails(capsys, lora, "--init_from", moved)
 
 
 def test_a_peft_adapter_is_analysed_as_the_checkpoint_that_it_was_exported_from(
@@ -440,15 +432,30 @@ def test_a_peft_adapter_is_analysed_as_the_checkpoint_that_it_was_exported_from(
         for arguments in ([lora], [tmp_path / "peft", "--init_from", bert_folder])
         if run(capsys, *arguments, "--json", "out.json")
     ]
-    for name in ("condition", "likeness", "amplification"):
+    for name in ("condition", "similarity", "amplification"):
         assert tables[0][name] == tables[1][name]
     assert "say where its encoder is" in fails(capsys, tmp_path / "peft")
     assert "no adapter_config.json in" in fails(capsys, bert_folder, "--init_from", bert_folder)
     config = json.loads((tmp_path / "peft/adapter_config.json").read_text())
     (tmp_path / "peft/adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
-    assert "use_dora is True, which is not plain LoRA" in fails(
-        capsys, tmp_path / "peft", "--init_from", bert_folder
-    )
+    for changes, words in (
+        ({"use_dora": True}, "use_dora is True: only plain LoRA"),
+        ({"lora_bias": True}, "lora_bias is True: only plain LoRA"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes W0"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights is 'olora', which changes W0"),
+        ({"some_future_variant": 1}, "some_future_variant is 1"),
+    ):
+        (tmp_path / "peft/adapter_config.json").write_text(json.dumps(config | changes))
+        assert words in fails(capsys, tmp_path / "peft", "--init_from", bert_folder)
+    for start in (True, False, "gaussian", "orthogonal", "eva"):
+        changes = {"init_lora_weights": start}
+        (tmp_path / "peft/adapter_config.json").write_text(json.dumps(config | changes))
+        run(capsys, tmp_path / "peft", "--init_from", bert_folder)
+    tensors = read_safetensors(tmp_path / "peft/adapter_model.safetensors")
+    word = {"base_model.model.bert.embeddings.word_embeddings.weight": torch.ones(2, 2)}
+    write_safetensors(tmp_path / "peft/adapter_model.safetensors", tensors | word)
+    assert "it has embeddings.word_embeddings.weight, which plain" in fails(
+        capsys, tmp_path / "peft", "--init_from", bert_folder)
 
 
 def test_a_reader_that_leaves_early_is_no_error(checkpoint, monkeypatch):
@@ -475,16 +482,14 @@ def test_a_comparisons_control_is_untrained_factors_of_each_sides_own_kind(
     run(capsys, checkpoint(first), "--compare", checkpoint("condlora"), "--json", "out.json")
     row = json.load(open("out.json"))["compare"]["query"]["C_A"]
     encoder = torch.load(bert_folder / "pytorch_model.bin", weights_only=True)
-    W0 = [encoder[f"bert.encoder.layer.{l}.attention.self.query.weight"].double() for l in range(2)]
-    draw, values = torch.Generator().manual_seed(2), []
-    drawn = lambda *shape: torch.randn(*shape, generator=draw, dtype=torch.float64)
-    drawn(10, 2, 2, 8, 3), drawn(10, 2, 2, 8, 3)  # the random baselines of A and B come before
-    untrained = lambda *B: analyze.untrained_factors(torch.empty(3, 8), torch.empty(B), draw)[0].T
-    for _ in range(10):
+    W0s = [encoder[f"bert.encoder.layer.{l}.attention.self.query.weight"].double().numpy()
+           for l in range(2)]
+    rng, values = np.random.default_rng(0), []
+    for _ in range(400):
         if first == "lora":
-            C = [torch.linalg.solve(W, untrained(8, 3)) for W in W0]
+            C = [np.linalg.solve(W0, uniform(rng, 3, 8).T) for W0 in W0s]
         else:
-            C = [untrained(3, 8)] * 2
-        theta_A = untrained(3, 8).T
-        values.append(np.mean([subspace_similarity(c, theta_A.T, 3, 3) for c in C]))
-    assert row["control"] == pytest.approx([np.mean(values), np.std(values, ddof=1)])
+            C = [uniform(rng, 3, 8).T] * 2
+        theta_A = uniform(rng, 3, 8).T
+        values.append(np.mean([phi_by_hand(c, theta_A) for c in C]))
+    assert agree(row["control"], (np.mean(values), np.std(values, ddof=1)))

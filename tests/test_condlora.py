@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
@@ -13,14 +14,16 @@ from condlora import (
     adapt,
     adapted_layers,
     adapter_parameters,
+    convert,
     load_adapter,
     merge,
     merge_and_unload,
     save_adapter,
-    to_lora,
     unmerge,
 )
 from model import Config, Transformer
+
+METHODS = ("lora", "condlora", "tied", "random")
 
 
 def encoder(layers=3, d=16):
@@ -52,8 +55,9 @@ IDS = torch.tensor([[2, 5, 9, 11, 3], [2, 30, 31, 3, 0]])
     "d, layers, lora, condlora", [(768, 12, 294_912, 24_576), (384, 6, 73_728, 12_288)]
 )
 def test_condlora_has_one_lth_of_loras_parameters(d, layers, lora, condlora):
-    """RoBERTa-base and all-MiniLM-L6-v2, query and value, rank 8."""
-    for method, expected in (("lora", lora), ("condlora", condlora)):
+    """RoBERTa-base and all-MiniLM-L6-v2, query and value, rank 8. The controls have CondLoRA's."""
+    counts = {"lora": lora} | dict.fromkeys(("condlora", "tied", "random"), condlora)
+    for method, expected in counts.items():
         with torch.device("meta"):
             model = nn.ModuleList(
                 nn.ModuleDict({"query": nn.Linear(d, d), "value": nn.Linear(d, d)})
@@ -94,7 +98,7 @@ def test_condloras_factors_of_a_2x3_weight_by_hand():
     )  # (41 + 63) B
 
 
-@pytest.mark.parametrize("method", ["lora", "condlora"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_update_is_zero_at_the_start_and_the_output_unchanged(method):
     model = encoder()
     before = model(IDS)
@@ -109,7 +113,7 @@ def test_the_update_is_zero_at_the_start_and_the_output_unchanged(method):
     )  # Kaiming-uniform with a = sqrt(5) is uniform within 1 / sqrt(fan_in)
 
 
-@pytest.mark.parametrize("method", ["lora", "condlora"])
+@pytest.mark.parametrize("method", METHODS)
 def test_gradients_reach_the_adapter_and_the_head_and_nothing_else(method):
     model = trained(adapt(encoder(), method))
     model.head.requires_grad_(True)
@@ -143,9 +147,10 @@ def test_condloras_gradient_is_that_of_the_written_out_formula():
             assert torch.allclose(p.grad, theta[f"{target}.{name}"].grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("method", ["lora", "condlora"])
+@pytest.mark.parametrize("method", METHODS)
 def test_summed_weights_give_the_same_outputs_and_gradients(method):
-    model = trained(adapt(encoder(), method, targets=("query", "fc1", "fc2"), alpha=3))
+    rectangular = ("fc1", "fc2") if method in ("lora", "condlora") else ("key",)
+    model = trained(adapt(encoder(), method, targets=("query", *rectangular), alpha=3))
     found = []
     for forward in (model, train.with_summed_weights(model, torch.float32)):
         output = forward(IDS)
@@ -238,7 +243,7 @@ def test_merge_keeps_the_output_and_unmerge_gives_every_weight_back(method, dtyp
     assert torch.equal(model(IDS), expected)
 
 
-@pytest.mark.parametrize("method", ["lora", "condlora"])
+@pytest.mark.parametrize("method", METHODS)
 def test_merging_rounds_once_also_in_bfloat16(method):
     """W0 + dW is summed wider and then rounded to the nearest bfloat16."""
     model = trained(adapt(encoder().to(torch.bfloat16), method))
@@ -275,29 +280,10 @@ def test_no_conversion_is_left_where_the_adapted_model_is_a_part_of_another():
     assert list(whole.state_dict()) == [f"encoder.{name}" for name in encoder().state_dict()]
 
 
-@pytest.mark.parametrize("merged", [False, True])
-def test_to_lora_keeps_the_output_and_unties_the_layers(tmp_path, merged):
-    model = trained(adapt(encoder(), targets=("query", "fc2")))
-    expected, delta = model(IDS), model.layers[2].fc2.delta()
-    to_lora(merge(model) if merged else model)
-    assert all((layer.merged is not None) == merged for layer in adapted_layers(model))
-    assert not any(isinstance(m, CondLoRALinear) for m in model.modules()) and not hasattr(
-        model, "condlora"
-    )
-    assert torch.allclose(unmerge(model)(IDS), expected, atol=1e-6)
-    assert torch.equal(model.layers[2].fc2.delta(), delta)
-    parameters = adapter_parameters(model)
-    assert len(parameters) == 3 * 2 * 2 and all(p.requires_grad for p in parameters)
-    save_adapter(model, tmp_path / "adapter.pt")
-    fresh = load_adapter(encoder(), tmp_path / "adapter.pt")
-    assert {type(layer) for layer in adapted_layers(fresh)} == {LoRALinear}
-    assert torch.equal(fresh(IDS), model(IDS))
-
-
 @pytest.mark.parametrize("mode", [True, False])
 def test_an_adapted_layer_is_in_the_mode_of_the_layer_it_replaces(mode):
     model = adapt(encoder().train(mode), "condlora")
-    for change in (lambda model: model, to_lora, merge_and_unload):
+    for change in (lambda model: model, merge_and_unload):
         layers = [layer.attention.query for layer in change(model).layers]
         assert {layer.training for layer in layers} == {mode}
 
@@ -322,22 +308,22 @@ def test_loading_into_a_merged_model_merges_what_was_loaded(tmp_path):
     assert torch.allclose(other(IDS), expected, atol=1e-5)
 
 
-def test_a_subclass_of_nn_linear_is_left_alone():
+def test_a_layer_that_is_not_a_plain_linear_is_named_with_its_class_also_in_a_mixture():
     class Special(nn.Linear):
         pass
 
-    model = adapt(
-        nn.ModuleDict(
-            {
-                "a": nn.ModuleDict({"query": Special(4, 4)}),
-                "b": nn.ModuleDict({"query": nn.Linear(4, 4)}),
-            }
-        ),
-        "lora",
-        "query",
-        rank=2,
-    )
-    assert type(model["a"]["query"]) is Special and isinstance(model["b"]["query"], LoRALinear)
+    class Conv1D(nn.Module):  # as in transformers' GPT-2
+        def __init__(self):
+            super().__init__()
+            self.nx = self.nf = 4
+            self.weight = nn.Parameter(torch.ones(4, 4))
+
+    for other in (Special(4, 4), Conv1D()):
+        model = nn.ModuleList(nn.ModuleDict({"query": x}) for x in (nn.Linear(4, 4), other))
+        with pytest.raises(ValueError, match=f"1.query is a {type(other).__name__}"):
+            adapt(model, "lora", "query", rank=2)
+    with pytest.raises(ValueError, match="out_proj is a NonDynamicallyQuantizableLinear"):
+        adapt(nn.MultiheadAttention(8, 2), "lora", "out_proj", rank=2)
 
 
 def test_a_layer_under_two_names_is_adapted_under_both():
@@ -362,8 +348,9 @@ def test_a_layer_under_two_names_is_adapted_under_both():
         ({"targets": ()}, "targets is empty"),
         ({"rank": 0}, "rank is 0.*from 1 to 16"),
         ({"rank": 17}, "rank is 17.*layers.0.attention.query.*from 1 to 16"),
-        ({"method": "dora"}, "'dora'.*'lora' or 'condlora'"),
+        ({"method": "dora"}, "'dora': use lora, condlora, tied, random"),
         ({"alpha": float("inf")}, "alpha is inf"),
+        ({"method": "tied", "targets": "fc1"}, "layers.0.fc1 is not square: method tied"),
     ],
 )
 def test_a_wrong_argument_is_named_and_leaves_the_model_as_it_was(arguments, words):
@@ -375,20 +362,47 @@ def test_a_wrong_argument_is_named_and_leaves_the_model_as_it_was(arguments, wor
 
 
 def test_adapting_twice_is_refused():
-    with pytest.raises(ValueError, match="adapted already"):
+    with pytest.raises(ValueError, match="already adapted"):
         adapt(adapt(encoder(), "lora"), "condlora", targets="key")
 
 
-@pytest.mark.parametrize("method", ["lora", "condlora"])
-def test_a_saved_adapter_gives_a_fresh_model_the_same_output(tmp_path, method):
-    model = trained(adapt(encoder(), method, ("query", "fc1"), rank=2, alpha=3))
+@pytest.mark.parametrize("method", METHODS)
+def test_a_saved_adapter_gives_a_fresh_model_the_same_output_head_included(tmp_path, method):
+    model = trained(adapt(encoder(), method, ("query", "key"), np.int64(2), np.float64(3), seed=5))
+    nn.init.normal_(model.head.requires_grad_(True).out_proj.weight)
     save_adapter(model, tmp_path / "adapter.pt")
     fresh = load_adapter(encoder(), tmp_path / "adapter.pt")
     assert torch.equal(fresh(IDS), model(IDS))
+    assert all(p.requires_grad for p in fresh.head.parameters())
+    # The order of the targets is not a setting; neither is the seed, unless matrices depend on it.
+    seed = 5 if method == "random" else 0
+    other = adapt(encoder(), method, ("key", "query"), rank=2, alpha=3, seed=seed)
+    assert torch.equal(load_adapter(other, tmp_path / "adapter.pt")(IDS), model(IDS))
     saved = torch.load(tmp_path / "adapter.pt", weights_only=True)["weights"]
-    assert sum(w.numel() for w in saved.values()) == sum(
-        p.numel() for p in adapter_parameters(model)
-    )
+    trains = [*adapter_parameters(model), *model.head.parameters()]
+    assert sum(w.numel() for w in saved.values()) == sum(p.numel() for p in trains)
+
+
+def test_tied_layers_use_one_a_and_b_which_the_identity_in_w0s_place_gives():
+    model = trained(adapt(encoder(), "tied"))
+    layers = [layer.attention.query for layer in model.layers]
+    for A, B in (layer.factors() for layer in layers):
+        assert A is layers[0].conversion.theta_A
+        assert B.data_ptr() == layers[0].conversion.theta_B.data_ptr()
+    A, B = layers[0].factors()
+    I = torch.eye(16)
+    by_identity = convert(I, layers[0].conversion.theta_A, layers[0].conversion.theta_B)
+    assert torch.equal(A, by_identity[0]) and torch.equal(B, by_identity[1])
+
+
+def test_randoms_matrices_differ_by_layer_and_seed_and_have_w0s_mean_square():
+    layers = adapted_layers(adapt(encoder(d=64), "random", seed=1))
+    again, other = (adapted_layers(adapt(encoder(d=64), "random", seed=s)) for s in (1, 2))
+    for number, layer in enumerate(layers):
+        assert torch.equal(layer.M, again[number].M) and not torch.equal(layer.M, other[number].M)
+        assert not any(torch.equal(layer.M, later.M) for later in layers[number + 1:])
+        mean_square = layer.weight.square().mean().item()
+        assert layer.M.square().mean().item() == pytest.approx(mean_square, rel=0.1)
 
 
 def test_an_adapter_that_does_not_fit_is_refused_and_the_reason_named(tmp_path):
@@ -397,26 +411,73 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_reason_named(tmp_path):
     save_adapter(model, file)
     for change, words in (
         ({"method": "condlora"}, "method is lora, in the model condlora"),
-        ({"alpha": 6}, "alpha is 3, in the model 6"),
+        ({"alpha": 6}, "alpha is 3.0, in the model 6.0"),
         ({"rank": 4}, "rank is 2, in the model 4"),
-        ({"targets": ("query",)}, "targets is"),
+        ({"targets": ("query",)}, "it adapts 6 layers, the model has 3 adapted ones"),
     ):
         settings = {"method": "lora", "rank": 2, "alpha": 3} | change
         with pytest.raises(ValueError, match=words):
             load_adapter(adapt(encoder(), **settings), file)
-    with pytest.raises(ValueError, match=r"A is \(2, 16\), in the model not there"):
-        load_adapter(encoder(layers=2), file)
-    with pytest.raises(ValueError, match="A is not there, in the model"):
-        load_adapter(encoder(layers=4), file)
-    with pytest.raises(ValueError, match=r"\(2, 16\), in the model \(2, 32\)"):
+    for layers in (2, 4):  # CondLoRA's, too: its tensors alone would fit any number of layers
+        save_adapter(adapt(encoder(layers), "condlora", rank=2), tmp_path / "condlora.pt")
+        with pytest.raises(ValueError, match=f"it adapts {2 * layers} layers, the model has 6"):
+            load_adapter(encoder(), tmp_path / "condlora.pt")
+    with pytest.raises(ValueError, match=r"has shape \(2, 16\), in the model \(2, 32\)"):
         load_adapter(encoder(d=32), file)
     with pytest.raises(ValueError, match="adapter.pt.*no nn.Linear is named 'query'"):
         load_adapter(nn.ModuleDict({"key": nn.Linear(4, 4)}), file)
+    with_head = adapt(encoder(), "lora", rank=2, alpha=3)
+    with_head.head.requires_grad_(True)
+    with pytest.raises(ValueError, match="head.dense.bias is missing"):
+        load_adapter(with_head, file)
+    torch.save(encoder().state_dict(), file)
+    with pytest.raises(ValueError, match="it was not written by save_adapter or train.py"):
+        load_adapter(encoder(), file)
+    with pytest.raises(ValueError, match="holds no adapter.*IsADirectoryError"):
+        load_adapter(encoder(), tmp_path)
     file.write_text("x")
     with pytest.raises(ValueError, match="adapter.pt holds no adapter"):
         load_adapter(encoder(), file)
-    with pytest.raises(ValueError, match="no adapter of its own"):
+    with pytest.raises(ValueError, match="has no adapter: there is nothing to save"):
         save_adapter(encoder(), file)
+
+
+def test_what_a_file_could_not_give_back_is_not_saved(tmp_path):
+    model = encoder()
+    adapt(model.layers[0], "lora", alpha=4)
+    adapt(model.layers[1], "lora", alpha=8)
+    with pytest.raises(ValueError, match="adapted with different settings"):
+        save_adapter(model, tmp_path / "adapter.pt")
+    model = adapt(encoder())
+    del model.layers[0]
+    for use in (adapter_parameters, lambda model: save_adapter(model, tmp_path / "adapter.pt")):
+        with pytest.raises(ValueError, match="layers.0.attention.query belong to a layer that is"):
+            use(model)
+
+
+def test_hooks_and_sizes_survive_adapting_and_unloading():
+    model, seen = encoder(), []
+    query = model.layers[1].attention.query
+    handle = query.register_forward_hook(lambda module, x, y: seen.append(type(module).__name__))
+    for change in (lambda model: trained(adapt(model, "lora")), merge_and_unload):
+        change(model)(IDS)
+        layer = model.layers[1].attention.query
+        assert (layer.in_features, layer.out_features) == (16, 16)
+    assert seen == ["LoRALinear", "Linear"]
+    handle.remove()
+    model(IDS)
+    assert len(seen) == 2
+    assert "16 -> 16, tied, rank 2, scale 4" in repr(adapt(encoder(), "tied", rank=2))
+
+
+def test_autocast_does_not_narrow_an_update():
+    model = trained(adapt(encoder()))
+    layer = model.layers[0].attention.query
+    expected = layer.delta()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.delta(), expected)
+        merge(model)
+    assert torch.equal(layer.merged, layer.weight + expected)
 
 
 @pytest.mark.parametrize("method", ["lora", "condlora"])
@@ -438,6 +499,10 @@ def test_a_weight_that_is_not_the_layers_own_to_read_is_refused():
     hooked = nn.ModuleDict({"query": nn.utils.spectral_norm(nn.Linear(4, 4))})
     with pytest.raises(ValueError, match="weight of query is computed by a hook"):
         adapt(hooked, targets="query", rank=2)
+    whole = nn.ModuleDict({"query": nn.Linear(4, 4)}).requires_grad_(False)
+    whole["query"].weight.data = whole["query"].weight.data.to(torch.int8)
+    with pytest.raises(ValueError, match="weight of query is torch.int8, not floating point"):
+        adapt(whole, targets="query", rank=2)
     fast = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
     with pytest.raises(
         ValueError, match="layers.0.linear1 is part of an nn.TransformerEncoderLayer"

@@ -1,16 +1,9 @@
-"""GLUE's files with their traps, its metrics, the made-up language, and downloads from a server on
-this machine."""
-
-import http.server
-import io
-import json
-import threading
-import zipfile
+"""GLUE's files with their traps, its metrics, the made-up language, and data of one's own."""
 
 import numpy as np
 import pytest
 
-from data import download, glue, toy
+from data import glue, toy
 
 HEADERS = {
     "sst2": "sentence\tlabel",
@@ -107,17 +100,17 @@ def test_a_fixed_tenth_of_train_is_held_out(tmp_path):
 @pytest.mark.parametrize(
     "task, row, words",
     [
-        ("rte", "7\tOnly one.", "RTE/train.tsv, line 12: 2 columns, expected 4"),
+        ("rte", "7\tOnly one.", "RTE/train.tsv: line 12: 2 columns, expected 4"),
         (
             "rte",
             "7\tIt snows.\tIt rains.\tmaybe",
-            "RTE/train.tsv, line 12: label 'maybe', expected one of entailment, not_entailment",
+            "RTE/train.tsv: line 12: label 'maybe', expected one of entailment, not_entailment",
         ),
-        ("cola", "x\t2\t\tIt snows.", "CoLA/train.tsv, line 11: label '2'"),
+        ("cola", "x\t2\t\tIt snows.", "CoLA/train.tsv: line 11: label '2'"),
         (
             "stsb",
             "0\tg\tf\ty\t1\tn\tn\tIt snows.\tIt rains.\t5.1",
-            "STS-B/train.tsv, line 12: score '5.1'",
+            "STS-B/train.tsv: line 12: score '5.1'",
         ),
         ("stsb", "0\tg\tf\ty\t1\tn\tn\tIt snows.\tIt rains.\tnan", "score 'nan'"),
     ],
@@ -129,19 +122,19 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, task, row, words):
 
 
 def test_a_missing_file_column_or_task_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="RTE/train.tsv: python data/download.py rte"):
+    with pytest.raises(FileNotFoundError, match="RTE/train.tsv not found. Run `python data/download.py RTE`"):
         glue.load("rte", tmp_path)
     (write_task(tmp_path, "rte") / "dev.tsv").write_text("index\tsentence1\tlabel\n")
-    with pytest.raises(ValueError, match="dev.tsv, line 1: no column 'sentence2'"):
+    with pytest.raises(ValueError, match="dev.tsv: no column 'sentence2' in line 1"):
         glue.load("rte", tmp_path)
     for content, words in (
-        (b"index\tsentence1\tsentence2\tlabel\n", "dev.tsv has no rows"),
-        (b"index\tcaf\xe9", "dev.tsv is not UTF-8"),
+        (b"index\tsentence1\tsentence2\tlabel\n", "dev.tsv: it has no rows"),
+        (b"index\tcaf\xe9", "dev.tsv: UnicodeDecodeError"),
     ):
         (tmp_path / "RTE" / "dev.tsv").write_bytes(content)
         with pytest.raises(ValueError, match=words):
             glue.load("rte", tmp_path)
-    with pytest.raises(ValueError, match="'xnli': GLUE has cola, sst2"):
+    with pytest.raises(ValueError, match="xnli is neither a folder nor one of cola, sst2"):
         glue.load("xnli", tmp_path)
 
 
@@ -240,178 +233,6 @@ def test_a_toy_pair_is_true_where_noun_and_verb_say_the_same():
         )
 
 
-# Downloads ---------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def server(monkeypatch):
-    """Serves what is put into `files`; (body, claimed length) lies about the length."""
-    files, asked = {}, []
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            found = files.get(self.path)
-            if found is None:
-                return self.send_error(404)
-            body, length = found if isinstance(found, tuple) else (found, len(found))
-            self.send_response(200)
-            self.send_header("Content-Length", str(length))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *_):
-            pass
-
-    running = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True).start()
-    base = f"http://127.0.0.1:{running.server_port}"
-    monkeypatch.setattr(download, "GLUE", base + "/glue")
-    monkeypatch.setattr(download, "SENTEVAL", base + "/senteval")
-    monkeypatch.setenv("HF_ENDPOINT", base + "/")
-    yield files, asked
-    running.shutdown()
-    running.server_close()
-
-
-def zipped(members, compression=zipfile.ZIP_STORED):
-    raw = io.BytesIO()
-    with zipfile.ZipFile(raw, "w", compression) as archive:
-        for name, text in members.items():
-            archive.writestr(name, text)
-    return raw.getvalue()
-
-
-def everything_under(folder):
-    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
-
-
-RTE = {
-    "RTE/train.tsv": HEADERS["rte"] + "\n" + "\n".join(ROWS["rte"] * 10),
-    "RTE/dev.tsv": HEADERS["rte"] + "\n" + ROWS["rte"][0],
-}
-
-
-def test_a_glue_task_is_fetched_unpacked_and_not_fetched_again(server, tmp_path):
-    files, asked = server
-    files["/glue/RTE.zip"] = zipped(RTE)
-    for _ in range(2):
-        assert download.get("rte", tmp_path) == tmp_path / "glue" / "RTE"
-    assert asked == ["/glue/RTE.zip"]
-    assert everything_under(tmp_path) == ["glue/RTE/dev.tsv", "glue/RTE/train.tsv"]
-    assert len(glue.load("rte", tmp_path / "glue")["train"].labels) == 9
-
-
-def test_mrpc_is_split_by_glues_list_of_dev_ids(server, tmp_path):
-    files, _ = server
-    rows = [f'{i % 2}\t{i}\t{100 + i}\tSentence {i} " .\tAnother {i} .' for i in range(12)]
-    files["/senteval/msr_paraphrase_train.txt"] = "\r\n".join([HEADERS["mrpc"], *rows]).encode()
-    files["/glue/mrpc_dev_ids.tsv"] = b"3\t103\n8\t108\n"
-    download.get("MRPC", tmp_path)
-    splits = glue.load("mrpc", tmp_path / "glue")
-    assert [text[0] for text in splits["test"].texts] == [
-        'Sentence 3 " .',
-        'Sentence 8 " .',
-    ] and splits["test"].labels == [1, 0]
-    assert len(splits["train"].texts) + len(splits["validation"].texts) == 10
-
-
-@pytest.mark.parametrize("name", ["some-bert", "owner/some-bert"])
-def test_a_model_is_fetched_with_the_older_weights_file_where_there_is_no_newer(
-    server, tmp_path, name
-):
-    files, asked = server
-    base = f"/{name}/resolve/main"
-    files |= {
-        f"{base}/config.json": json.dumps({"model_type": "bert"}).encode(),
-        f"{base}/vocab.txt": b"[PAD]\n",
-        f"{base}/pytorch_model.bin": b"w" * 3000,
-    }
-    assert everything_under(download.get(name, tmp_path)) == [
-        "config.json",
-        "pytorch_model.bin",
-        "vocab.txt",
-    ]
-    assert f"{base}/model.safetensors" in asked
-    assert everything_under(tmp_path) == [
-        f"models/{name}/{file}" for file in ("config.json", "pytorch_model.bin", "vocab.txt")
-    ]
-
-
-BERT = {
-    "/b/resolve/main/config.json": b'{"model_type": "bert"}',
-    "/b/resolve/main/vocab.txt": b"[PAD]\n",
-}
-
-
-@pytest.mark.parametrize(
-    "name, served, words",
-    [
-        ("rte", {}, "RTE.zip is not there"),
-        (
-            "rte",
-            {"/glue/RTE.zip": (zipped(RTE)[:100], len(zipped(RTE)))},
-            "RTE.zip: the connection broke after 100 of",
-        ),
-        ("rte", {"/glue/RTE.zip": (zipped(RTE), 100)}, "RTE.zip is no whole zip file"),
-        (
-            "rte",
-            {"/glue/RTE.zip": zipped({"../../evil.tsv": "x"})},
-            "RTE.zip is refused: its member '../../evil.tsv'",
-        ),
-        ("mrpc", {"/senteval/msr_paraphrase_train.txt": b"x"}, "mrpc_dev_ids.tsv is not there"),
-        ("b", {}, "b/resolve/main/config.json is not there"),
-        (
-            "b",
-            {"/b/resolve/main/config.json": b'{"model_type": "t5"}'},
-            "b is a model of type 't5'",
-        ),
-        (
-            "b",
-            {"/b/resolve/main/config.json": (b'{"model_type": "bert"}', 9)},
-            "config.json is no JSON",
-        ),
-        ("b", BERT, "b has neither model.safetensors nor pytorch_model.bin"),
-        (
-            "b",
-            BERT | {"/b/resolve/main/model.safetensors": (b"w" * 50, 90)},
-            "model.safetensors: the connection broke after 50 of 90 bytes",
-        ),
-        ("../b", {}, "neither a GLUE task"),
-        (
-            "rte",
-            {"/glue/RTE.zip": zipped({"RTE/train.tsv": "0" * (3 << 20)}, zipfile.ZIP_DEFLATED)},
-            "RTE.zip is refused: it would unpack to 3,145,728",
-        ),
-        ("b", {"/b/resolve/main/config.json": b"[" * 5000}, "config.json is no JSON object"),
-    ],
-)
-def test_what_goes_wrong_is_said_and_nothing_half_is_left(server, tmp_path, name, served, words):
-    server[0].update(served)
-    with pytest.raises((ValueError, OSError), match=words):
-        download.get(name, tmp_path / "data")
-    assert everything_under(tmp_path) == []
-
-
-@pytest.mark.parametrize("endpoint", ["file://", "ftp://127.0.0.1", "data:,"])
-def test_only_the_web_is_asked(tmp_path, monkeypatch, endpoint):
-    folder = tmp_path / "b/resolve/main"
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text('{"model_type": "bert"}')
-    monkeypatch.setenv("HF_ENDPOINT", endpoint + str(tmp_path))
-    with pytest.raises(OSError, match="is no address of the web"):
-        download.get("b", tmp_path / "data")
-
-
-def test_no_server_is_said_in_one_line_with_exit_status_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(download, "GLUE", "http://127.0.0.1:9/glue")
-    monkeypatch.setattr(download.get, "__defaults__", (tmp_path,))
-    with pytest.raises(SystemExit) as stop:
-        download.main(["rte"])
-    assert stop.value.code == 2 and everything_under(tmp_path) == []
-    assert capsys.readouterr().err.count("\n") == 1
-
-
 # Your own data -----------------------------------------------------------------------------------
 
 
@@ -425,18 +246,19 @@ def write_own(folder, train, dev=None, header="text\tlabel"):
 
 def test_a_folder_of_ones_own_is_a_task_with_its_labels_in_sorted_order(tmp_path):
     rows = [f"sentence {i}\t{('so so', 'good', 'bad')[i % 3]}" for i in range(30)]
-    splits, classes = glue.load_folder(write_own(tmp_path / "mine", rows, rows[:2]))
-    assert classes == ("bad", "good", "so so")
+    task = glue.own_task(write_own(tmp_path / "mine", rows, rows[:2]))
+    splits = task.load("anywhere")
+    assert task.classes == ("bad", "good", "so so")
     assert (splits["test"].texts, splits["test"].labels) == (
         [("sentence 0",), ("sentence 1",)],
         [2, 1],
     )
     assert len(splits["train"].labels) == 27 and len(splits["validation"].labels) == 3
     rows = [f"a\tb {i}\t{i / 4}" for i in range(10)]
-    splits, classes = glue.load_folder(
-        write_own(tmp_path / "pairs", rows, header="text1\ttext2\tlabel"), regression=True
-    )
-    assert classes == () and sorted(splits) == ["train", "validation"]
+    folder = write_own(tmp_path / "pairs", rows, header="text1\ttext2\tlabel")
+    task = glue.own_task(folder, regression=True)
+    splits = task.load("anywhere")
+    assert task.classes == () and sorted(splits) == ["train", "validation"]
     assert sorted(splits["train"].labels + splits["validation"].labels) == [
         i / 4 for i in range(10)
     ]
@@ -454,29 +276,30 @@ def test_accuracy_and_macro_f1_are_scikit_learns():
 @pytest.mark.parametrize(
     "train, dev, header, words",
     [
-        (["a\t1"], None, "text\tlabel", "train.tsv has one label only"),
+        (["a\t1"], None, "text\tlabel", "train.tsv: it has one label only"),
         (
             ["a\t1", "b\t2"],
             ["c\t3"],
             "text\tlabel",
-            "dev.tsv, line 2: label '3', expected one of 1, 2",
+            "dev.tsv: line 2: label '3', expected one of 1, 2",
         ),
-        (["a\t1", "b"], None, "text\tlabel", "train.tsv, line 3: 1 columns, expected 2"),
-        (["a\t1", "b\tc\t2"], None, "text\tlabel", "train.tsv, line 3: 3 columns, expected 2"),
-        (["a\t1"], None, "sentence\tlabel", "line 1: no column 'text1'"),
-        ([], None, "text\tlabel", "train.tsv has no rows"),
+        (["a\t1", "b"], None, "text\tlabel", "train.tsv: line 3: 1 columns, expected 2"),
+        (["a\t1", "b\tc\t2"], None, "text\tlabel", "train.tsv: line 3: 3 columns, expected 2"),
+        (["a\t1"], None, "sentence\tlabel", "no column 'text1' in line 1"),
+        ([], None, "text\tlabel", "train.tsv: it has no rows"),
+        (["a\t1", "b\t "], None, "text\tlabel", "train.tsv: line 3: the label is empty"),
     ],
 )
 def test_a_file_of_ones_own_that_is_wrong_is_named_with_its_line(
     tmp_path, train, dev, header, words
 ):
     with pytest.raises(ValueError, match=words):
-        glue.load_folder(write_own(tmp_path / "mine", train, dev, header))
+        glue.own_task(write_own(tmp_path / "mine", train, dev, header)).load("")
 
 
 def test_a_regression_label_that_is_no_number_is_named(tmp_path):
-    with pytest.raises(ValueError, match="train.tsv, line 3: score 'x', expected a number"):
-        glue.load_folder(write_own(tmp_path / "mine", ["a\t1.5", "b\tx"]), regression=True)
+    with pytest.raises(ValueError, match="train.tsv: line 3: score 'x', expected a number"):
+        glue.own_task(write_own(tmp_path / "mine", ["a\t1.5", "b\tx"]), regression=True).load("")
 
 
 def test_a_file_of_one_row_leaves_nothing_to_train_on(tmp_path):

@@ -10,15 +10,14 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, WORDS, write_encoder
+from conftest import ROOT, WORDS, hf_state, write_encoder
 from test_data import write_own, write_task
 
 import train
 from condlora import load_adapter
-from data import checkpoint as checkpoints
-from data import glue, tokenizer
+from data import checkpoint, glue, pretrained, tokenizer, toy
 from data.batches import shuffled
-from model import Transformer, read_safetensors
+from data.pretrained import read_safetensors
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -66,29 +65,31 @@ def test_a_fresh_clone_pretrains_trains_and_reports(tmp_path):
         [sys.executable, "train.py", *options.split()], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0 and done.stderr == ""  # bars are for terminals
-    epoch, *table = done.stdout.splitlines()
+    pretraining, epoch, *table = done.stdout.splitlines()
+    assert pretraining == "pretraining the toy encoder, once, on cpu: 25 steps"
     table = dict(line.split(maxsplit=1) for line in table)
     assert epoch.startswith("epoch  1  loss 0.")
-    assert table["task"] == "toy" and table["checkpoint"] == "ckpt.pt"
-    assert table["adapter"] == "parameters  2,048 (1.00% of the encoder's 205,760)"
+    assert table["task"] == "toy" and table["saved"] == "to            ckpt.pt"
+    assert table["trained"] == "parameters  2,048 (1.00% of the encoder's 205,760), and the head"
     assert (tmp_path / "ckpt.pt").is_file() and not list(tmp_path.rglob("*.part*"))
     assert (tmp_path / "data/models/toy-25/config.json").is_file()
 
 
 @pytest.mark.parametrize(
     "method, trained",
-    [("condlora", 2 * 2 * 16), ("lora", 2 * 2 * 16 * 2), ("head", 0), ("full", 328 + 2 * 532)],
+    [("condlora", 2 * 2 * 16), ("tied", 2 * 2 * 16), ("random", 2 * 2 * 16),
+     ("lora", 2 * 2 * 16 * 2), ("head", 0), ("full", 328 + 2 * 532)],
 )
 def test_each_method_trains_what_it_says_and_no_more(little, capsys, method, trained):
     table, _ = run([*little, "--method", method], capsys)
-    checkpoint = torch.load("ckpt.pt", weights_only=True)
+    ckpt = torch.load("ckpt.pt", weights_only=True)
     head = 8 * 8 + 8 + 2 * 8 + 2
-    assert sum(w.numel() for w in checkpoint["weights"].values()) == trained + head
-    assert f"{trained:,} (" in table["all" if method == "full" else "adapter"]
+    assert sum(w.numel() for w in ckpt["weights"].values()) == trained + head
+    assert f"{trained:,} (" in table["trained"]
     if method == "condlora":
         thetas = [f"{target}.conversion.theta_{x}" for target in ("query", "value") for x in "AB"]
         heads = [f"{layer}.{x}" for layer in ("dense", "out_proj") for x in ("bias", "weight")]
-        assert sorted(checkpoint["weights"]) == [
+        assert sorted(ckpt["weights"]) == [
             *(f"head.{name}" for name in heads),
             *(f"layers.0.attention.{name}" for name in thetas),
         ]
@@ -98,8 +99,8 @@ def test_eval_only_reports_the_very_figures_of_the_run(little, capsys):
     table, _ = run(little, capsys)
     results = torch.load("ckpt.pt", weights_only=True)["results"]
     again, before = run(["--eval_only", "ckpt.pt", "--device", "cpu"], capsys)
-    assert again == table and before == []
-    assert table["test"] == f"accuracy {100 * results['test']['accuracy']:.1f}"
+    assert before == [] and again.items() <= table.items() and "training" not in again
+    assert table["test"] == f"accuracy {100 * results['test']['accuracy']:.1f}%"
 
 
 def test_the_reported_test_figure_is_that_of_the_best_epochs_weights(
@@ -108,14 +109,14 @@ def test_the_reported_test_figure_is_that_of_the_best_epochs_weights(
     """Reckoned without train.py: load, adapt by hand, count the right answers one sentence at a
     time."""
     run([*little, "--method", "lora", "--epochs", "3"], capsys)
-    checkpoint = torch.load("ckpt.pt", weights_only=True)
-    model, tok = Transformer.from_pretrained(bert_folder).eval(), tokenizer.load(bert_folder)
+    ckpt = torch.load("ckpt.pt", weights_only=True)
+    model, tok = pretrained.load(bert_folder).eval(), tokenizer.load(bert_folder)
     state = model.state_dict()
-    for name, weight in checkpoint["weights"].items():
+    for name, weight in ckpt["weights"].items():
         if name.startswith("head"):
             state[name].copy_(weight)
         elif name.endswith(".A"):
-            state[name[:-1] + "weight"] += 8 / 2 * checkpoint["weights"][name[:-1] + "B"] @ weight
+            state[name[:-1] + "weight"] += 8 / 2 * ckpt["weights"][name[:-1] + "B"] @ weight
     rows = [
         line.rpartition("\t")
         for line in (tmp_path / "glue/SST-2/dev.tsv").read_text().split("\n")[1:]
@@ -124,9 +125,9 @@ def test_the_reported_test_figure_is_that_of_the_best_epochs_weights(
         model(torch.tensor([tok.encode(text)[0]])).argmax().item() == int(label)
         for text, _, label in rows
     ]
-    assert checkpoint["results"]["test"]["accuracy"] == np.mean(right)
-    scores = [epoch["validation"]["accuracy"] for epoch in checkpoint["history"]]
-    assert checkpoint["best_epoch"] == 1 + int(np.argmax(scores)) and checkpoint["results"][
+    assert ckpt["results"]["test"]["accuracy"] == np.mean(right)
+    scores = [epoch["validation"]["accuracy"] for epoch in ckpt["history"]]
+    assert ckpt["best_epoch"] == 1 + int(np.argmax(scores)) and ckpt["results"][
         "validation"
     ]["accuracy"] == max(scores)
 
@@ -144,19 +145,19 @@ def test_a_regression_task_reports_the_correlations_of_its_predictions(
         ],
     )
     run([*little, "--task", "stsb", "--method", "full"], capsys)
-    checkpoint = torch.load("ckpt.pt", weights_only=True)
+    ckpt = torch.load("ckpt.pt", weights_only=True)
     model, tok = (
-        Transformer.from_pretrained(bert_folder, n_out=1).eval(),
+        pretrained.load(bert_folder, n_out=1).eval(),
         tokenizer.load(bert_folder),
     )
-    model.load_state_dict(checkpoint["weights"])
+    model.load_state_dict(ckpt["weights"])
     encoded = [tok.encode(a, b) for a, b in texts]
     predictions = [
         model(torch.tensor([ids]), torch.tensor([types])).item() for ids, types in encoded
     ]
     pearson = np.corrcoef(predictions, [(i % 2) * (i % 3) * 2.5 for i in range(40)])[0, 1]
-    assert checkpoint["results"]["test"]["pearson"] == pytest.approx(pearson, abs=1e-4)
-    assert checkpoint["history"][1]["loss"] < checkpoint["history"][0]["loss"]
+    assert ckpt["results"]["test"]["pearson"] == pytest.approx(pearson, abs=1e-4)
+    assert ckpt["history"][1]["loss"] < ckpt["history"][0]["loss"]
 
 
 def test_the_same_seed_gives_the_same_numbers_and_another_one_others(little, capsys):
@@ -176,16 +177,16 @@ def test_a_stopped_run_keeps_its_last_epoch_and_resumes_to_the_same_result(
     # A setting of 0 is a setting, too: it must not become the default again.
     little += f"--device {device} --warmup 0 --grad_clip 0 --weight_decay 0".split()
     run([*little, "--epochs", "4", "--out", "whole.pt"], capsys)
-    save, saves = checkpoints.save, []
+    save, saves = checkpoint.save, []
 
-    def stop_after_two(checkpoint, file):
-        save(checkpoint, file)
+    def stop_after_two(ckpt, file):
+        save(ckpt, file)
         saves.append(file)
         if len(saves) == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoints, "save", stop_after_two)
+        patch.setattr(checkpoint, "save", stop_after_two)
         assert "--resume" in fails([*little, "--epochs", "4", "--out", "part.pt"], capsys)
     assert len(torch.load("part.pt", weights_only=True)["history"]) == 2
     run(["--resume", "part.pt", "--device", device], capsys)
@@ -214,6 +215,25 @@ def test_a_run_that_ends_at_a_constant_answer_says_so(little, capsys):
     assert "hardly better than a constant answer's, 0.69" in out and "--lr" in out
     out = "\n".join(run([*little, "--method", "full", "--lr", "1e-2", "--epochs", 6], capsys)[1])
     assert "constant answer" not in out
+
+
+def test_a_run_is_not_resumed_with_other_rows(little, capsys, tmp_path):
+    run(little, capsys)
+    file = tmp_path / "glue/SST-2/train.tsv"
+    good = file.read_text()
+    file.write_text(good.replace("\t0\n", "\t1\n", 1))
+    assert "ckpt.pt was trained on other rows" in fails(["--resume", "ckpt.pt"], capsys)
+    run(["--eval_only", "ckpt.pt"], capsys)  # a new dev.tsv may be evaluated
+    ckpt = torch.load("ckpt.pt", weights_only=True)
+    torch.save({name: ckpt[name] for name in ckpt if name != "data"}, "old.pt")
+    run(["--resume", "old.pt"], capsys)
+
+
+def test_a_full_or_head_checkpoint_is_not_taken_for_an_adapter(little, capsys, bert_folder):
+    for method in ("full", "head"):
+        run([*little, "--method", method], capsys)
+        with pytest.raises(ValueError, match=f"method is '{method}'"):
+            load_adapter(pretrained.load(bert_folder), "ckpt.pt")
 
 
 def test_patience_ends_a_run_that_gets_no_better(little, capsys):
@@ -249,46 +269,47 @@ def test_the_learning_rate_rises_over_the_warm_up_and_falls_to_zero():
 def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert_folder):
     run(little, capsys)
     figures = [run(["--eval_only", "ckpt.pt", "--device", "cpu"], capsys)[0]["test"]]
-    checkpoint = torch.load("ckpt.pt", weights_only=True)
-    checkpoint["settings"]["batch_size"] = 1
-    torch.save(checkpoint, "one.pt")
+    ckpt = torch.load("ckpt.pt", weights_only=True)
+    ckpt["settings"]["batch_size"] = 1
+    torch.save(ckpt, "one.pt")
     assert run(["--eval_only", "one.pt", "--device", "cpu"], capsys)[0]["test"] == figures[0]
 
 
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--task", "xnli"], "--task xnli is neither a folder nor one of toy, toy-agree, cola"),
+        (["--task", "xnli"], "xnli is neither a folder nor one of cola, sst2"),
         (["--method", "dora"], "invalid choice: 'dora'"),
         (["--rank", "9"], "rank is 9: for layers.0.attention.query"),
-        (["--rank", "0"], "argument --rank: '0' is no whole number from 1 to"),
+        (["--rank", "0"], "argument --rank: '0' is not a whole number from 1 to"),
         (["--lr", "nan"], "argument --lr"),
-        (["--warmup", "2"], "argument --warmup: '2' is no number from 0 to 1"),
+        (["--warmup", "2"], "argument --warmup: '2' is not a number from 0 to 1"),
         (["--grad_clip", "-1"], "argument --grad_clip"),
-        (["--targets", "q_proj"], "--targets q_proj names no linear layer of the encoder"),
-        (["--targets", "head.dense"], "--targets head.dense names no linear layer"),
+        (["--targets", "q_proj"], "--targets q_proj is not a linear layer of the encoder"),
+        (["--targets", "head.dense"], "--targets head.dense is not a linear layer"),
         (["--targets", "head.out"], "no nn.Linear is named 'head.out'"),
         (["--resume", "a.pt", "--eval_only", "a.pt"], "not allowed with argument"),
-        (["--device", "tpu"], "--device tpu is not there: use "),
-        (["--device", "cuda:99"], "--device cuda:99 is not there: use "),
-        (["--device", "cpu:x"], "--device cpu:x is not there: use "),
-        (["--init_from", "nowhere"], "no folder nowhere.*python data/download.py nowhere"),
-        (["--data_dir", "nowhere"], "SST-2/train.tsv: python data/download.py sst2"),
+        (["--device", "tpu"], "--device tpu is not available: use "),
+        (["--device", "cuda:99"], "--device cuda:99 is not available: use "),
+        (["--device", "cpu:x"], "--device cpu:x is not available: use "),
+        (["--init_from", "nowhere"], "no folder nowhere.*Run `python data/download.py nowhere`"),
+        (["--data_dir", "nowhere"], "SST-2/train.tsv not found. Run `python data/download.py SST-2`"),
         (["--max_len", "2"], "max_len is 2"),
         (["--out", "nowhere/ckpt.pt"], "--out nowhere/ckpt.pt cannot be written"),
         (["--eval_only", "nowhere.pt"], "no checkpoint nowhere.pt"),
         (["--lr", "1e30"], "the loss is .* in epoch"),
-        (["--alpha", "1e300"], "argument --alpha: '1e300' is no number"),
-        (["--seed", "-1"], "argument --seed: '-1' is no whole number from 0 to 4294967295"),
-        (["--out", "/dev/full"], "--out /dev/full cannot be written: it is no file"),
+        (["--alpha", "1e300"], "argument --alpha: '1e300' is not a number"),
+        (["--seed", "-1"], "argument --seed: '-1' is not a whole number from 0 to 4294967295"),
+        (["--out", "/dev/full"], "--out /dev/full cannot be written: it is not a file"),
         (["--out", "a" * 252 + ".pt"], "cannot be written: File name too long"),
-        (["--log", "nowhere/log"], "--log nowhere/log cannot be written"),
-        (["--log", "ckpt.pt"], "--log and --out are one file, ckpt.pt"),
-        (["--out", "bert/adapter.zip"], "--out bert/adapter.zip cannot be written: a file of anot"),
-        (["--out", "bert/config.json"], "--out bert/config.json cannot be written: a file of anot"),
-        (["--log", "bert/config.json"], "--log bert/config.json cannot be written: a file of anot"),
-        (["--out", "bert/pytorch_model.bin"], "pytorch_model.bin cannot be written: a file of an"),
-        (["--device", "cpu:"], "--device cpu: is not there"),
+        (["--history", "nowhere/log"], "--history nowhere/log cannot be written"),
+        (["--history", "ckpt.pt"], "--history ckpt.pt cannot be written: it is also an input or anot"),
+        (["--out", "bert/config.json"], "--out bert/config.json cannot be written: it is also an i"),
+        (["--out", "notes.txt"], "--out notes.txt is not a checkpoint, and would be replaced"),
+        (["--history", "glue/SST-2/dev.tsv"], "--history .* cannot be written: it is also an inpu"),
+        (["--out", "bert/pytorch_model.bin"], "pytorch_model.bin cannot be written: it is also an"),
+        (["--method", "tied", "--targets", "fc1"], "layers.0.fc1 is not square: method tied is fo"),
+        (["--device", "cpu:"], "--device cpu: is not available"),
     ],
 )
 def test_a_mistake_gets_one_line_and_exit_status_2(
@@ -296,7 +317,7 @@ def test_a_mistake_gets_one_line_and_exit_status_2(
 ):
     import re
 
-    torch.save({}, bert_folder / "adapter.zip")  # a zip, as a checkpoint is, but somebody else's
+    (bert_folder.parent / "notes.txt").write_text("notes")
     assert re.search(words, fails([*little, *arguments], capsys))
 
 
@@ -308,7 +329,7 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
         for i in range(40)
     ]
     write_own(tmp_path / "mine", rows, rows[:9])
-    table, _ = run([*little, "--task", "mine", "--epochs", "4", "--log", "log.jsonl"], capsys)
+    table, _ = run([*little, "--task", "mine", "--epochs", "4", "--history", "log.jsonl"], capsys)
     assert table["task"] == str(tmp_path / "mine") and "macro_f1" in table["test"]
     log = [json.loads(line) for line in open("log.jsonl")]
     history = torch.load("ckpt.pt", weights_only=True)["history"]
@@ -316,10 +337,8 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
         (e["epoch"], 3 * e["epoch"], e["loss"], e["validation"]["accuracy"]) for e in history
     ]
 
-    model, tok = Transformer.from_pretrained(bert_folder), tokenizer.load(bert_folder)
-    load_adapter(model, "ckpt.pt").load_state_dict(
-        torch.load("ckpt.pt", weights_only=True)["weights"], strict=False
-    )
+    model, tok = pretrained.load(bert_folder), tokenizer.load(bert_folder)
+    load_adapter(model, "ckpt.pt")  # with its head
     texts = [row.split("\t")[0] for row in rows[:6]]
     expected = []
     for text in texts:
@@ -335,10 +354,10 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
     train.main(["--eval_only", "ckpt.pt", "--predict", "texts", "--device", "cpu"])
     assert capsys.readouterr().out.splitlines() == expected  # as Windows writes them
     (tmp_path / "texts").write_text("a\tb\n")
-    assert "texts, line 1: 2 texts" in fails(
+    assert "texts, line 1: found 2 texts; this model needs 1" in fails(
         ["--eval_only", "ckpt.pt", "--predict", "texts"], capsys
     )
-    assert "say which with --eval_only" in fails(["--predict", "texts"], capsys)
+    assert "name it with --eval_only" in fails(["--predict", "texts"], capsys)
     both = ["--eval_only", "ckpt.pt", "--predict", "texts", "--export", "x"]
     assert "not allowed with argument --predict" in fails(both, capsys)
     moved = (tmp_path / "mine").rename(tmp_path / "moved")
@@ -352,15 +371,35 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
     )
     (moved / "train.tsv").write_text("text\tlabel\na\tx\nb\ty\n")
     (moved / "dev.tsv").unlink()
-    assert "it was trained on 1 texts a row and the classes bad, good, " in fails(
+    assert "was trained on 1 texts a row and the classes bad, good; " in fails(
         ["--eval_only", "ckpt.pt", "--task", "moved"], capsys
     )
 
 
-def test_a_log_is_not_emptied_by_a_run_that_does_not_start(little, capsys, tmp_path):
+def test_a_history_is_not_emptied_by_a_run_that_does_not_start(little, capsys, tmp_path):
     (tmp_path / "log").write_text('{"epoch": 1}')
-    fails([*little, "--log", "log", "--init_from", "nowhere"], capsys)
+    fails([*little, "--history", "log", "--init_from", "nowhere"], capsys)
     assert (tmp_path / "log").read_text() == '{"epoch": 1}'
+
+
+def test_ones_own_classes_are_named_with_their_counts(little, capsys, tmp_path):
+    rows = [f"the cat {'not ' * (i % 4)}\t{('good', 'bad ')[i % 3 > 0]}" for i in range(30)]
+    write_own(tmp_path / "mine", rows)
+    table, _ = run([*little, "--task", "mine"], capsys)
+    assert table["classes"] == "bad (17), good (10)"
+    _, lines = run([*little, "--task", write_own(
+        tmp_path / "scores", [f"the cat\t{i / 7}" for i in range(40)])], capsys)
+    assert any("--regression" in line for line in lines)
+
+
+def test_sentence_pairs_train_on_an_encoder_with_one_token_type(little, capsys, tmp_path):
+    state = hf_state("bert", 2)
+    name = "bert.embeddings.token_type_embeddings.weight"
+    folder = write_encoder(tmp_path / "one", state=state | {name: state[name][:1]},
+                           type_vocab_size=1)
+    write_own(tmp_path / "mine", [f"the cat\ta dog\t{i % 2}" for i in range(20)],
+              header="text1\ttext2\tlabel")
+    run([*little, "--task", tmp_path / "mine", "--init_from", folder], capsys)
 
 
 def test_a_regression_of_ones_own_predicts_numbers(little, capsys, tmp_path):
@@ -382,7 +421,9 @@ def test_an_exported_adapter_has_pefts_names_and_the_checkpoints_update(
     little, capsys, tmp_path, kind
 ):
     folder = write_encoder(tmp_path / "encoder", kind)
-    if kind != "bert":
+    if kind == "roberta":
+        (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    if kind == "mpnet":
         (folder / "vocab.txt").write_text(
             "\n".join(["<s>", "</s>", "<pad>", "<mask>", "[UNK]", *WORDS[5:]]) + "\n"
         )
@@ -407,14 +448,14 @@ def test_an_exported_adapter_has_pefts_names_and_the_checkpoints_update(
         else ["classifier.dense", "classifier.out_proj"]
     )
     again = ["--eval_only", "ckpt.pt", "--export", "peft", "--device", "cpu"]
-    assert "--export peft is there already" in fails(again, capsys)
+    assert "--export peft exists already" in fails(again, capsys)
     assert settings["target_modules"] == modules
     assert (settings["r"], settings["lora_alpha"]) == (2, 8)
     assert sorted(tensors) == sorted(
         [f"base_model.model.{m}.lora_{x}.weight" for m in modules for x in "AB"]
         + [f"base_model.model.{m}.{x}" for m in head for x in ("weight", "bias")]
     )
-    model = load_adapter(Transformer.from_pretrained(folder), "ckpt.pt")
+    model = load_adapter(pretrained.load(folder), "ckpt.pt")
     A, B = (tensors[f"base_model.model.{modules[-1]}.lora_{x}.weight"] for x in "AB")
     assert torch.equal(8 / 2 * B @ A, model.layers[1].fc1.delta().detach())
     assert "no adapter to export" in fails(
@@ -427,50 +468,61 @@ def head_checkpoint(little, capsys):
     return "head.pt"
 
 
+def toy_options(**changes):
+    return Namespace(**dict(method="condlora", targets=["query"], rank=8, alpha=8.0, seed=0,
+                            pretrain_steps=1) | changes)
+
+
 def test_what_a_killed_pretraining_left_is_written_over(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "DATA", tmp_path)
     folder = tmp_path / "models/toy-1"
     folder.mkdir(parents=True)
     for name in ("vocab.txt", "model.safetensors"):
         (folder / name).write_text("half")
-    assert train.toy_encoder(1, torch.device("cpu")) == folder
+    assert train.toy_encoder(toy_options(), torch.device("cpu")) == folder
     assert {file.name for file in folder.iterdir()} == {
         "config.json", "model.safetensors", "vocab.txt"}
-    assert Transformer.from_pretrained(folder).config.hidden_size == 64
+    assert pretrained.load(folder).config.hidden_size == 64
+
+
+def test_a_rank_that_cannot_be_is_said_before_the_toy_encoder_is_pretrained(monkeypatch, tmp_path):
+    monkeypatch.setattr(train, "DATA", tmp_path)
+    monkeypatch.setattr(toy, "make_encoder", None)
+    with pytest.raises(ValueError, match="rank is 100"):
+        train.toy_encoder(toy_options(rank=100), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
     "change, words",
     [
         (lambda c: c["settings"].update(rank=50), "rank is 50"),
-        (lambda c: c["settings"].update(lr="x"), "--lr: 'x' is no number"),
-        (lambda c: c["settings"].update(help=True), "a setting that is none: 'help' True"),
-        (lambda c: c["settings"].update(targets=["query", "--out=x"]), "that is none: 'targets'"),
+        (lambda c: c["settings"].update(lr="x"), "--lr: 'x' is not a number"),
+        (lambda c: c["settings"].update(epochs=[2]), "[2] is not of type str"),
         (lambda c: c["config"].update(num_attention_heads=4), "config.json has changed since"),
-        (lambda c: c["weights"].popitem(), "is not there, in the model"),
-        (lambda c: c["last"].update(x=torch.ones(1)), "x is (1,), in the model not there"),
+        (lambda c: c["weights"].popitem(), "is missing"),
+        (lambda c: c["last"].update(x=torch.ones(1)), "x is unexpected"),
         (
             lambda c: c["optimizer"][0].update(exp_avg=torch.ones(1)),
             "optimizer's state does not fit",
         ),
-        (lambda c: c["history"][0].update(epoch=2), "its history is not of epochs 1, 2"),
-        (lambda c: c["history"][0].update(validation={}), "no validation figures"),
-        (lambda c: c.update(config=[]), "it: config is a list"),
-        (lambda c: c.pop("encoder"), "it has no 'encoder'"),
+        (lambda c: c["history"][0].update(epoch=2), "its history is damaged at epoch 1"),
+        (lambda c: c["history"][0].update(validation={}), "its history is damaged at epoch 1"),
+        (lambda c: c.update(config=[]), "[] is not of type dict"),
+        (lambda c: c.pop("encoder"), "KeyError: 'encoder'"),
     ],
 )
 def test_a_checkpoint_that_is_wrong_inside_is_refused_in_one_line(little, capsys, change, words):
     run([*little, "--out", "good.pt"], capsys)
-    checkpoint = torch.load("good.pt", weights_only=True)
-    change(checkpoint)
-    torch.save(checkpoint, "bad.pt")
+    ckpt = torch.load("good.pt", weights_only=True)
+    change(ckpt)
+    torch.save(ckpt, "bad.pt")
     line = fails(["--resume", "bad.pt", "--epochs", "2", "--device", "cpu"], capsys)
     assert words in line and "bad.pt" in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_that_is_not_there_is_said(little, capsys):
-    assert "--device cuda is not there: use cpu" in fails([*little, "--device", "cuda"], capsys)
+    assert "--device cuda is not available: use cpu" in fails([*little, "--device", "cuda"], capsys)
 
 
 def test_a_checkpoint_that_does_not_fit_is_said(little, capsys, tmp_path, bert_folder):
@@ -482,10 +534,10 @@ def test_a_checkpoint_that_does_not_fit_is_said(little, capsys, tmp_path, bert_f
     resume = ["--resume", "ckpt.pt", "--dtype", "bfloat16"]
     assert "--dtype bfloat16 contradicts ckpt.pt, trained with float32" in fails(resume, capsys)
     (tmp_path / "bad.pt").write_bytes(before[:1000])
-    assert "bad.pt is not a checkpoint of train.py" in fails(["--eval_only", "bad.pt"], capsys)
+    assert "bad.pt: " in fails(["--eval_only", "bad.pt"], capsys)
     moved = tmp_path / "moved"
     bert_folder.rename(moved)
-    assert "is not at" in fails(["--eval_only", "ckpt.pt"], capsys)
+    assert "encoder is not at" in fails(["--eval_only", "ckpt.pt"], capsys)
     run(["--eval_only", "ckpt.pt", "--init_from", moved], capsys)
     state = torch.load(moved / "pytorch_model.bin", weights_only=True)
     state["bert.embeddings.word_embeddings.weight"] += 1
@@ -508,10 +560,11 @@ def by_hand(folder, splits, method, order, epochs, batch_size, lr, clip, decay, 
 
     Returns the trained weights and each epoch's mean loss."""
     rank = 2
-    model, tok = Transformer.from_pretrained(folder).train(), tokenizer.load(folder)
+    model, tok = pretrained.load(folder).train(), tokenizer.load(folder)
     torch.manual_seed(0)
     model = train.build(
-        Namespace(method=method, targets=["query", "value"], rank=rank, alpha=8.0), folder, 2
+        Namespace(method=method, targets=["query", "value"], rank=rank, alpha=8.0, seed=0),
+        pretrained.load(folder, 2),
     ).train()
     weights = {name: p.detach().double() for name, p in model.named_parameters() if p.requires_grad}
     m, v = ({name: torch.zeros_like(w) for name, w in weights.items()} for _ in range(2))
@@ -558,15 +611,15 @@ def test_training_is_adamw_with_clipping_decay_and_schedule_as_written_out(
     no_dropout(bert_folder)
     options = f"--method {method} --grad_clip {clip} --weight_decay 0.3 --warmup 0.3"
     run([*little, *options.split()], capsys)
-    checkpoint = torch.load("ckpt.pt", weights_only=True)
-    last = checkpoint["last"]
+    ckpt = torch.load("ckpt.pt", weights_only=True)
+    last = ckpt["last"]
     split = glue.load("sst2", tmp_path / "glue")["train"]
     tok = tokenizer.load(bert_folder)
     lengths = np.array([len(tok.encode(*text)[0]) for text in split.texts])
     order = lambda epoch: shuffled(lengths, 16, [0, epoch])
     settings = dict(epochs=2, batch_size=16, lr=0.01, clip=clip, decay=0.3, warmup=0.3)
     expected, losses = by_hand(bert_folder, split, method, order, **settings)
-    assert [epoch["loss"] for epoch in checkpoint["history"]] == pytest.approx(losses, abs=1e-4)
+    assert [epoch["loss"] for epoch in ckpt["history"]] == pytest.approx(losses, abs=1e-4)
     assert last.keys() == expected.keys()
     for name, weight in expected.items():
         assert torch.allclose(last[name].double(), weight, atol=2e-4), name
@@ -585,15 +638,15 @@ def test_the_gradient_is_clipped_to_the_norm_that_was_asked_for():
 
 
 def test_the_best_epochs_weights_are_kept_whatever_comes_later(little, capsys, monkeypatch):
-    figures, lasts, save = iter([0.5, 0.9, 0.6, 0, 0]), [], checkpoints.save
+    figures, lasts, save = iter([0.5, 0.9, 0.6, 0, 0]), [], checkpoint.save
     monkeypatch.setattr(train, "evaluate", lambda *_: {"accuracy": next(figures)})
     monkeypatch.setattr(
-        checkpoints, "save", lambda c, file: lasts.append(c["last"]) or save(c, file)
+        checkpoint, "save", lambda c, file: lasts.append(c["last"]) or save(c, file)
     )
     run([*little, "--epochs", "3"], capsys)
-    checkpoint = torch.load("ckpt.pt", weights_only=True)
-    assert checkpoint["best_epoch"] == 2
-    for name, weight in checkpoint["weights"].items():
+    ckpt = torch.load("ckpt.pt", weights_only=True)
+    assert ckpt["best_epoch"] == 2
+    for name, weight in ckpt["weights"].items():
         assert torch.equal(weight, lasts[1][name]) and not torch.equal(weight, lasts[2][name])
 
 
@@ -602,7 +655,7 @@ def test_frozen_weights_do_not_move(little, capsys, monkeypatch, bert_folder, me
     models, build = [], train.build
     monkeypatch.setattr(train, "build", lambda *a: models.append(build(*a)) or models[-1])
     run([*little, "--method", method, "--lr", "0.1"], capsys)
-    fresh = Transformer.from_pretrained(bert_folder).state_dict()
+    fresh = pretrained.load(bert_folder).state_dict()
     encoder = [name for name in fresh if not name.startswith("head.")]
     assert all(torch.equal(models[0].state_dict()[name], fresh[name]) for name in encoder)
     assert not torch.equal(models[0].head.out_proj.weight, fresh["head.out_proj.weight"])
@@ -610,10 +663,10 @@ def test_frozen_weights_do_not_move(little, capsys, monkeypatch, bert_folder, me
 
 def test_in_bfloat16_what_trains_and_w0_stay_float32(bert_folder):
     args = Namespace(
-        method="condlora", targets="query", rank=2, alpha=8.0, dtype="bfloat16"
+        method="condlora", targets="query", rank=2, alpha=8.0, seed=0, dtype="bfloat16"
     )
-    model = train.build(args, bert_folder, 2)
-    train.fast_forward(model, args, torch.device("cpu"))
+    model = train.build(args, pretrained.load(bert_folder))
+    train.prepare(model, args, torch.device("cpu"))
     wide = {name for name, p in model.named_parameters() if p.dtype == torch.float32}
     W0 = {f"layers.{l}.attention.query.weight" for l in range(2)}
     assert wide == W0 | {name for name, p in model.named_parameters() if p.requires_grad}
@@ -631,7 +684,7 @@ def test_two_processes_get_the_weights_of_one(little, capsys, tmp_path, bert_fol
         cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("checkpoint") == 1  # one of the two talks
+    assert done.stdout.count("saved to") == 1  # one of the two talks
     one, two = (torch.load(file, weights_only=True) for file in ("one.pt", "two.pt"))
     for name, weight in one["last"].items():
         assert torch.allclose(two["last"][name], weight, rtol=0, atol=1e-5), name
@@ -641,7 +694,7 @@ def test_two_processes_get_the_weights_of_one(little, capsys, tmp_path, bert_fol
 
 
 @needs_gpu
-@pytest.mark.parametrize("method", ["lora", "condlora", "full", "head"])
+@pytest.mark.parametrize("method", ["lora", "condlora", "tied", "random", "full", "head"])
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 2e-2)])
 def test_replayed_steps_are_the_plain_loops(little, capsys, bert_folder, method, dtype, tolerance):
     no_dropout(bert_folder)

@@ -1,0 +1,205 @@
+"""Hugging Face's folders of RoBERTa, BERT and MPNet: config.json and the weights.
+
+    model = load("data/models/roberta-base", n_out=2)      # a model.Transformer
+    save(model, "folder")                                  # transformers reads it
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from model import BUCKETS, Config, Transformer
+
+from .command import reading, write
+
+# Our names and theirs, by parts. No replacement contains another name, so order does not matter:
+# "attention.out." has a dot, else it would also match "attention.output".
+NAMES = {
+    "embeddings.norm": "embeddings.LayerNorm",
+    "embeddings.word": "embeddings.word_embeddings",
+    "embeddings.position": "embeddings.position_embeddings",
+    "embeddings.token_type": "embeddings.token_type_embeddings",
+    "relative_bias": "encoder.relative_attention_bias",
+    "layers.": "encoder.layer.",
+    "fc1": "intermediate.dense",
+    "fc2": "output.dense",
+    "norm2": "output.LayerNorm",
+}
+BERT_ATTENTION = {
+    "attention.query": "attention.self.query",
+    "attention.key": "attention.self.key",
+    "attention.value": "attention.self.value",
+    "attention.out.": "attention.output.dense.",
+    "norm1": "attention.output.LayerNorm",
+}
+MPNET_ATTENTION = {
+    "attention.query": "attention.attn.q",
+    "attention.key": "attention.attn.k",
+    "attention.value": "attention.attn.v",
+    "attention.out.": "attention.attn.o.",
+    "norm1": "attention.LayerNorm",
+}
+BERT_HEAD = {"head.dense": "pooler.dense", "head.out_proj": "classifier"}
+ROBERTA_HEAD = {"head": "classifier"}
+HF_NAMES = {
+    "bert": NAMES | BERT_ATTENTION | BERT_HEAD,
+    "roberta": NAMES | BERT_ATTENTION | ROBERTA_HEAD,
+    "mpnet": NAMES | MPNET_ATTENTION | ROBERTA_HEAD,
+}
+
+
+def hf_name(name, model_type):
+    """layers.0.norm1.bias -> bert.encoder.layer.0.attention.output.LayerNorm.bias, and so on."""
+    for ours, hf in HF_NAMES[model_type].items():
+        name = name.replace(ours, hf)
+    return name if name.startswith("classifier") else f"{model_type}.{name}"
+
+
+def load(path, n_out=2):
+    """The Transformer of a folder with config.json and model.safetensors or pytorch_model.bin.
+
+    Weights are found with and without the prefix "bert.", "roberta." or "mpnet.", and kept in
+    float32. A head that is missing or has another number of outputs than n_out is re-initialized;
+    other keys (the MLM head) are ignored. Raises FileNotFoundError or ValueError, naming the file
+    and what is missing or does not fit.
+    """
+    path = Path(path)
+    config = read_config(path / "config.json", n_out)
+    file = weights_file(path)
+    with reading(file):
+        tensors = (read_safetensors(file) if file.suffix == ".safetensors" else
+                   torch.load(file, map_location="cpu", weights_only=True))
+        d, layer = config.hidden_size, 4 * config.hidden_size + 2 * config.intermediate_size
+        rows = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
+        weights = d * (rows + config.num_hidden_layers * layer)
+        if weights > file.stat().st_size:  # before anything of that size is allocated
+            raise ValueError(f"config.json asks for {weights:,} weights or more, the file has only "
+                             f"{file.stat().st_size:,} bytes")
+        model = Transformer(config)
+        for name, parameter in model.named_parameters():
+            key = hf_name(name, config.model_type)
+            tensor = find(key, f"{config.model_type}.", tensors)
+            if name.startswith("head.") and (tensor is None or tensor.shape != parameter.shape):
+                continue
+            if tensor is None:
+                raise ValueError(f"it has no weight {key}, with or without '{config.model_type}.'")
+            if tensor.shape != parameter.shape or not tensor.is_floating_point():
+                raise ValueError(f"{key} is {tensor.dtype} of shape {tuple(tensor.shape)}, "
+                                 f"config.json says {tuple(parameter.shape)}")
+            parameter.data.copy_(tensor)
+    return model
+
+
+def find(key, prefix, tensors):
+    """The tensor of that key, or of a name that other versions gave it, or None."""
+    # The first releases of BERT call a layer norm's weight and bias gamma and beta.
+    old_key = key.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta")
+    keys = key, key.removeprefix(prefix), old_key, old_key.removeprefix(prefix)
+    return next((tensors[k] for k in keys if k in tensors), None)
+
+
+def save(model, path):
+    """Write what `load` reads, in float32.
+
+    config.json comes last: where it is, the folder is complete. Of a model that condlora adapted
+    and merged, W0 + dW is written. Raises ValueError if it is adapted and not merged, since the
+    files could not hold the adapter.
+    """
+    tensors = {}
+    for name, module in model.named_modules():
+        weights = dict(module.named_parameters(recurse=False))
+        if hasattr(module, "merged"):  # an adapted layer
+            if module.merged is None:
+                raise ValueError(f"{name} is adapted: merge the model, then save it")
+            weights["weight"] = module.merged
+        for last in ("weight", "bias"):
+            if last in weights:
+                tensors[hf_name(f"{name}.{last}", model.config.model_type)] = weights[last]
+    write_safetensors(Path(path) / "model.safetensors", tensors)
+    settings = dataclasses.asdict(model.config)
+    settings["num_labels"] = settings.pop("n_out")
+    write(Path(path) / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
+
+
+def read_config(file, n_out):
+    """The Config of a config.json. Settings that would make another model are refused by name."""
+    with reading(file):
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        kind = settings.get("model_type")
+        if kind not in list(HF_NAMES):
+            raise ValueError(f"model_type is {kind!r:.40}: use a {', '.join(HF_NAMES)} model")
+        only = {"hidden_act": "gelu", "position_embedding_type": "absolute", "is_decoder": False,
+                "relative_attention_num_buckets": BUCKETS, "add_cross_attention": False}
+        for name, value in only.items():
+            if settings.get(name) not in (None, value):
+                raise ValueError(f"{name} is {settings[name]!r:.40}: this encoder has {value}")
+        defaults = Config(kind, pad_token_id=0 if kind == "bert" else 1, n_out=n_out)
+        kinds = {field.name: type(getattr(defaults, field.name)) for field in
+                 dataclasses.fields(Config)} | {"classifier_dropout": float}
+        given = {name: kinds[name](settings[name]) for name in kinds
+                 if settings.get(name) is not None and name != "n_out"}
+        if kind == "mpnet":  # whose head in transformers does not know it
+            given.pop("classifier_dropout", None)
+        config = dataclasses.replace(defaults, **given)
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                 "intermediate_size", "type_vocab_size", "max_len")
+        for name, lowest in {**dict.fromkeys(sizes, 1), "pad_token_id": 0}.items():
+            if getattr(config, name) < lowest:
+                raise ValueError(f"{name} is {getattr(config, name)}: it must be {lowest} or more")
+        if config.hidden_size % config.num_attention_heads:
+            raise ValueError(f"hidden_size {config.hidden_size} is not a multiple of "
+                             f"num_attention_heads {config.num_attention_heads}")
+        if not 0 <= config.attention_probs_dropout_prob < 1:
+            raise ValueError("attention_probs_dropout_prob is not from 0 to 1")
+    return config
+
+
+def weights_file(path):
+    """The file in the folder `path` that holds the weights."""
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (Path(path) / name).is_file():
+            return Path(path) / name
+    raise FileNotFoundError(f"{path} has neither model.safetensors nor pytorch_model.bin")
+
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}
+
+
+def read_safetensors(file):
+    """{name: tensor} of a .safetensors file.
+
+    The file is 8 bytes with the header's length, a JSON header with each tensor's dtype, shape and
+    place in bytes, then the numbers. Raises ValueError if these contradict each other.
+    """
+    with reading(file):
+        raw = np.memmap(file, mode="c")
+        length = int.from_bytes(raw[:8].tobytes(), "little")
+        header, body = json.loads(raw[8:8 + length].tobytes()), torch.from_numpy(raw[8 + length:])
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            begin, end = entry["data_offsets"]
+            if not 0 <= begin <= end <= len(body):
+                raise ValueError(f"{name:.60} is at bytes {begin} to {end} of {len(body)}")
+            numbers = body[begin:end].clone()  # aligned
+            tensors[name] = numbers.view(DTYPES[entry["dtype"]]).view(entry["shape"])
+    return tensors
+
+
+def write_safetensors(file, tensors):
+    """Write {name: tensor} in float32, as read_safetensors and other programs read it."""
+    header, body, end = {"__metadata__": {"format": "pt"}}, [], 0
+    for name, tensor in tensors.items():
+        body.append(tensor.detach().cpu().float().contiguous().numpy().astype("<f4").tobytes())
+        begin, end = end, end + len(body[-1])
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers start at a multiple of 8
+    write(file, len(text).to_bytes(8, "little") + text + b"".join(body))
