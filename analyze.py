@@ -26,7 +26,7 @@ from tqdm import tqdm
 from condlora import AdaptedLinear, convert, load_adapter
 from data import checkpoint, peft_format, pretrained
 from data.command import check_outputs, one_line, parser_of, reading, write
-from data.picture import Picture, colour
+from data.picture import maps
 
 DRAWS = 100  # of each random baseline
 
@@ -178,18 +178,18 @@ def similarity(target, i, j, side):
     If i and j are the rank, BA and B have the same left vectors, and BA's row is left out.
     """
     rng = torch.Generator().manual_seed(0)
-    maps = lambda matrices, A: similarity_maps(matrices, A, i, j, side)
+    phis = lambda matrices, A: similarity_maps(matrices, A, i, j, side)
     noise = lambda matrices: {name: gaussian(x.shape, rng).to(x.device)
                               for name, x in matrices.items()}
     compared, factors = compared_matrices(target), factors_of(target)
-    trained, raw = maps(compared, target.A), maps(factors, target.A)
+    trained, raw = phis(compared, target.A), phis(factors, target.A)
     controls, randoms, raw_randoms = [], [], []
     for _ in tqdm(range(DRAWS), "drawing baselines", leave=False, delay=1, disable=None):
         control = untrained(target, rng)
-        controls.append(maps(compared_matrices(control), control.A))
+        controls.append(phis(compared_matrices(control), control.A))
         other_A = gaussian(target.A.shape, rng).to(target.A.device)
-        randoms.append(maps(noise(compared), other_A))
-        raw_randoms.append(maps(noise(factors), other_A))
+        randoms.append(phis(noise(compared), other_A))
+        raw_randoms.append(phis(noise(factors), other_A))
     is_full = i == j == target.rank and side == "left"
     rows = {}
     for name in ("A", "B") if is_full else ("A", "B", "BA"):
@@ -295,40 +295,6 @@ def flat(table):
     """[("query A", row), ...] of {"query": {"A": row}}."""
     return [(f"{target} {name}", row) for target, rows in table.items()
             for name, row in rows.items()]
-
-
-def picture(table, title, numbers):
-    """A map for each matrix: trained above the diagonal, the mean of the control below it."""
-    L, columns = len(numbers), 4
-    cell = max(14, 168 // L)
-    size = L * cell
-    rows = math.ceil(len(flat(table)) / columns)
-    drawing = Picture(30 + min(columns, len(flat(table))) * (size + 60), 90 + rows * (size + 100))
-    drawing.text(16, 28, headline(table), 16)
-    drawing.text(16, 50, f"{title}. \u03c6 of every two layers: above the diagonal trained, below "
-                         f"it untrained", 12)
-    for n, (name, row) in enumerate(flat(table)):
-        x, y = 40 + n % columns * (size + 60), 96 + n // columns * (size + 100)
-        trained, control = row["map"], row["control_map"]
-        # One scale for a target's matrices, from the random baseline up.
-        same = list(table[name.split()[0]].values())
-        low = min(r["random"][0] for r in same)
-        high = max(r[kind][a][b] for r in same for kind in ("map", "control_map")
-                   for a in range(L) for b in range(L) if a != b)
-        high = max(high, low + 1e-6)
-        drawing.text(x, y - 8, name, 14)
-        for a in range(L):
-            drawing.text(x - 5, y + (a + 0.7) * cell, numbers[a], 9, "end")
-            drawing.text(x + (a + 0.5) * cell, y + size + 12, numbers[a], 9, "middle")
-            for b in set(range(L)) - {a}:
-                # phi(a, b) is mirrored below, so that the same pairs lie opposite each other.
-                value, kind = (trained[a][b], "trained") if a < b else (control[b][a], "untrained")
-                drawing.box(x + b * cell, y + a * cell, cell - 1, cell - 1,
-                            colour(value, low, high),
-                            f"{name}, layers {numbers[min(a, b)]} and {numbers[max(a, b)]}, "
-                            f"{kind}: {value:.4f}")
-        drawing.legend(x, y + size + 24, f"{low:.3f} (random)", f"{high:.3f}", length=size // 2 * 2)
-    return str(drawing)
 
 
 def headline(table):
@@ -509,7 +475,8 @@ def run(argv):
                          f"vectors")
     result = analyze(targets, others, i, j, args.side)
     title = f"{Path(task).name}, {method} rank {rank}, i = {i}, j = {j}, {args.side} vectors"
-    write(svg, picture(result["similarity"], title, result["layers"]).encode())
+    write(svg, maps(headline(result["similarity"]), title, result["similarity"],
+                    result["layers"]).encode())
     if args.json:
         settings = {"checkpoint": str(file), "task": task, "method": method, "i": i, "j": j,
                     "side": args.side}

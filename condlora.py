@@ -143,16 +143,15 @@ METHODS = ("lora", "condlora", "tied", "random")
 def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.0, seed=0):
     """Freeze `model` and adapt, in place, each nn.Linear whose name ends with one of `targets`.
 
-    method  "lora"; "condlora", with one Conversion for each target and shape of weight; or one of
-            its controls, "tied" and "random", which need square weights.
+    method  "lora", "condlora", or a control, "tied" or "random" (these need square weights).
     targets one or more names, dotted or not: "out" matches every layer of that name,
             "attention.out" only those in a module named "attention".
     rank    from 1 to min(d_in, d_out); alpha: dW is scaled by alpha / rank.
-    seed    of the random matrices, which are drawn on the CPU, layer by layer in the model's order.
+    seed    of the random matrices, drawn on the CPU in the order of the layers.
 
-    Returns the model; the caller unfreezes anything else that should train (its head). Adapters are
-    float32. Raises ValueError, leaving the model untouched, if an argument or the model does not
-    fit.
+    Layers share a Conversion if target and shape agree. Returns the model; the caller unfreezes
+    anything else that should train (its head). Adapters are float32. Raises ValueError, leaving the
+    model untouched, if an argument or the model does not fit.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     linears = find_linears(model, method, targets, rank, alpha)
@@ -205,18 +204,15 @@ def merge_and_unload(model):
 def save_adapter(model, file):
     """Write the adapter, each theta once, and every other parameter that requires a gradient.
 
-    The file also holds adapt's settings and the names of the adapted layers. Raises ValueError if
-    the model has no adapter, parts adapted with different settings, or lost a Conversion.
+    The file also holds adapt's settings and the adapted layers' names. Raises ValueError if the
+    model has no adapter, parts adapted with different settings, or lost a Conversion.
     """
-    layers = adapted_layers(model)
-    if not layers:
-        raise ValueError("the model has no adapter: there is nothing to save")
-    if any(layer.settings != layers[0].settings for layer in layers):
-        raise ValueError("parts of the model were adapted with different settings, and a file "
-                         "holds one: save the parts one by one")
+    every = [layer.settings for layer in adapted_layers(model)]
+    if not every or any(settings != every[0] for settings in every):
+        raise ValueError("the model has no adapter" if not every else "parts of the model were "
+                         "adapted with different settings: save the parts one by one")
     weights = {name: p.detach().cpu().clone() for name, p in trained_tensors(model).items()}
-    saved = {"settings": layers[0].settings, "layers": layer_names(model), "weights": weights}
-    torch.save(saved, file)
+    torch.save({"settings": every[0], "layers": layer_names(model), "weights": weights}, file)
 
 
 def load_adapter(model, file):
@@ -235,17 +231,13 @@ def load_adapter(model, file):
         settings, weights = {name: saved["settings"][name] for name in names}, saved["weights"]
         if not adapted_layers(model):
             adapt(model, **settings)
-        own = adapted_layers(model)[0].settings
-        for name in names:
-            # Only random's matrices depend on the seed. The targets are compared as layers, below.
-            matters = name != "targets" and (name != "seed" or own["method"] == "random")
-            if matters and settings[name] != own[name]:
-                raise ValueError(f"{name} is {settings[name]}, in the model {own[name]}")
-        ours, theirs = layer_names(model), saved["layers"]
-        if ours != theirs:
-            different = sorted(set(ours) ^ set(theirs))[:3]
-            raise ValueError(f"it adapts {len(theirs)} layers, the model has {len(ours)} adapted "
-                             f"ones; only one of the two adapts {', '.join(different)}")
+        theirs = settings | {"layers": saved["layers"]}
+        ours = adapted_layers(model)[0].settings | {"layers": layer_names(model)}
+        # The layers' names say what the targets were; only random's matrices have a seed.
+        for name in ("method", "rank", "alpha", "layers", "seed"):
+            matters = name != "seed" or ours["method"] == "random"
+            if matters and theirs[name] != ours[name]:
+                raise ValueError(f"{name} is {theirs[name]!s:.80}, in the model {ours[name]!s:.80}")
         known = {name: p for name, p in model.named_parameters() if name in weights}
         copy_tensors(weights, trained_tensors(model) | known)
         for parameter in known.values():
@@ -261,33 +253,12 @@ def load_adapter(model, file):
 def copy_tensors(given, parameters):
     """Copy {name: tensor} to {name: parameter}; ValueError if names or shapes differ."""
     for name in sorted(parameters.keys() | given.keys()):
-        if name not in given:
-            raise ValueError(f"{name:.60} is missing")
-        if name not in parameters:
-            raise ValueError(f"{name:.60} is unexpected: the model does not train it")
-        if given[name].shape != parameters[name].shape:
-            raise ValueError(f"{name:.60} has shape {tuple(given[name].shape)}, in the model "
-                             f"{tuple(parameters[name].shape)}")
+        shape, expected = (tuple(x[name].shape) if name in x else "missing"
+                           for x in (given, parameters))
+        if shape != expected:
+            raise ValueError(f"{name:.60} is {shape}, in the model {expected}")
     for name, parameter in parameters.items():
         parameter.data.copy_(given[name])
-
-
-def adapter_tensors(model):
-    """{name: parameter} of the adapter, each theta once."""
-    modules = set(model.modules())
-    for name, layer in model.named_modules():
-        if isinstance(layer, CondLoRALinear) and layer.conversion not in modules:
-            raise ValueError(f"the theta_A and theta_B of {name} belong to a layer that is no "
-                             f"longer in the model: keep the first adapted layer of each target")
-    return {f"{prefix}.{name}": parameter for prefix, layer in model.named_modules()
-            if isinstance(layer, AdaptedLinear)
-            for name, parameter in layer.named_parameters() if name not in ("weight", "bias")}
-
-
-def trained_tensors(model):
-    """{name: parameter} of the adapter and of all else that requires a gradient."""
-    rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return adapter_tensors(model) | rest
 
 
 def adapter_parameters(model):
@@ -296,6 +267,25 @@ def adapter_parameters(model):
     Raises ValueError if the layer that registers a Conversion is no longer in the model.
     """
     return list(adapter_tensors(model).values())
+
+
+def adapter_tensors(model):
+    """{name: parameter} of the adapter, each theta once."""
+    modules, tensors = set(model.modules()), {}
+    for name in layer_names(model):
+        layer = model.get_submodule(name)
+        if getattr(layer, "conversion", layer) not in modules:
+            raise ValueError(f"the theta_A and theta_B of {name} belong to a layer that is no "
+                             f"longer in the model: keep the first adapted layer of each target")
+        tensors |= {f"{name}.{last}": p for last, p in layer.named_parameters()
+                    if last not in ("weight", "bias")}
+    return tensors
+
+
+def trained_tensors(model):
+    """{name: parameter} of the adapter and of everything else that requires a gradient."""
+    rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    return adapter_tensors(model) | rest
 
 
 def adapted_layers(model):
@@ -311,9 +301,8 @@ def replace(model, new):
     """Put new[old] in the place of each module `old`, with its mode and its hooks."""
     for old, module in new.items():
         module.train(old.training)
-        hooks = {name: value for name, value in vars(old).items()
-                 if name.startswith(("_forward", "_backward", "_is_full_backward"))}
-        vars(module).update(hooks)
+        vars(module).update({name: value for name, value in vars(old).items()
+                             if name.startswith(("_forward", "_backward", "_is_full_backward"))})
     for name, old in list(model.named_modules(remove_duplicate=False)):
         if old in new:
             parent, _, last = name.rpartition(".")
@@ -327,41 +316,37 @@ def target_of(name, targets):
 
 def find_linears(model, method, targets, rank, alpha):
     """{name: nn.Linear} of the layers to adapt. Raises ValueError if a request cannot be met."""
-    if method not in METHODS:
-        raise ValueError(f"method is {method!r}: use {', '.join(METHODS)}")
-    if not 0 < alpha < math.inf:
-        raise ValueError(f"alpha is {alpha}: it must be a positive number")
-    if not targets:
-        raise ValueError("targets is empty: name the linear layers to adapt")
-    if adapted_layers(model):
-        raise ValueError("the model is already adapted: adapt a fresh one")
-    linears = {name: module for name, module in model.named_modules() if type(module) is nn.Linear}
-    chosen = {name: linear for name, linear in linears.items() if target_of(name, targets)}
-    for name, module in model.named_modules():
-        # Other classes may compute something else, or not call their weight: quantized layers,
-        # Conv1D, subclasses of nn.Linear, the parts of nn.MultiheadAttention.
-        is_like_linear = hasattr(module, "in_features") or hasattr(module, "nx")
-        if target_of(name, targets) and is_like_linear and name not in chosen:
-            raise ValueError(f"{name} is a {type(module).__name__}: only plain nn.Linear layers "
-                             f"can be adapted")
-    for target in targets:
-        if not any(target_of(name, [target]) for name in chosen):
-            known = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
-            raise ValueError(f"no nn.Linear is named {target!r}: the model has {known}")
+    def refuse(is_wrong, message):
+        if is_wrong:
+            raise ValueError(message)
+
+    refuse(method not in METHODS, f"method is {method!r}: use {', '.join(METHODS)}")
+    refuse(not 0 < alpha < math.inf, f"alpha is {alpha}: it must be a positive number")
+    refuse(not targets, "targets is empty: name the linear layers to adapt")
+    refuse(adapted_layers(model), "the model is already adapted: adapt a fresh one")
+    # Quantized layers, subclasses of nn.Linear and transformers' Conv1D (which has nx) may compute
+    # something else, or be read instead of called, as the parts of nn.MultiheadAttention are.
+    like_linear = {name: module for name, module in model.named_modules()
+                   if hasattr(module, "in_features") or hasattr(module, "nx")}
     in_fast_path = {part for module in model.modules()
                     if isinstance(module, nn.TransformerEncoderLayer) for part in module.modules()}
-    for name, linear in chosen.items():
-        most = min(linear.weight.shape)
-        if not (isinstance(rank, Integral) and 1 <= rank <= most):
-            raise ValueError(f"rank is {rank}: for {name} it must be an int from 1 to {most}")
-        if method in ("tied", "random") and linear.in_features != linear.out_features:
-            raise ValueError(f"{name} is not square: method {method} is for square weights only")
-        if "weight" not in linear._parameters:
-            raise ValueError(f"the weight of {name} is computed by a hook (spectral_norm, prune): "
-                             f"remove that first")
-        if not linear.weight.is_floating_point():
-            raise ValueError(f"the weight of {name} is {linear.weight.dtype}, not floating point")
-        if linear in in_fast_path:
-            raise ValueError(f"{name} is part of an nn.TransformerEncoderLayer, whose fast path in "
-                             f"eval mode ignores the adapter")
+    chosen = {name: module for name, module in like_linear.items() if target_of(name, targets)}
+    for target in targets:
+        known = ", ".join(sorted({name.rpartition(".")[2] for name in like_linear})) or "none"
+        refuse(not any(target_of(name, [target]) for name in chosen),
+               f"no nn.Linear is named {target!r}: the model has {known}")
+    for name, layer in chosen.items():
+        refuse(type(layer) is not nn.Linear, f"{name} is a {type(layer).__name__}: only plain "
+                                             f"nn.Linear layers can be adapted")
+        refuse("weight" not in layer._parameters, f"the weight of {name} is computed by a hook "
+                                                  f"(spectral_norm, prune): remove that first")
+        d_out, d_in = layer.weight.shape
+        refuse(not (isinstance(rank, Integral) and 1 <= rank <= min(d_out, d_in)),
+               f"rank is {rank}: for {name} it must be an int from 1 to {min(d_out, d_in)}")
+        refuse(method in ("tied", "random") and d_out != d_in,
+               f"{name} is not square: method {method} is for square weights only")
+        refuse(not layer.weight.is_floating_point(),
+               f"the weight of {name} is {layer.weight.dtype}, not floating point")
+        refuse(layer in in_fast_path, f"{name} is part of an nn.TransformerEncoderLayer, whose "
+                                      f"fast path in eval mode ignores the adapter")
     return chosen

@@ -50,14 +50,10 @@ IS_MASTER = PROCESS == 0
 HIDE_BAR = None if IS_MASTER else True  # tqdm: True hides the bar, None only without a terminal
 
 # Defaults, chosen on the validation sets of the toy tasks and of GLUE.
-LEARNING_RATE = {
-    "toy": {"condlora": 5e-3, "lora": 4e-3, "tied": 5e-3, "random": 5e-3, "full": 1e-3,
-            "head": 1e-2},
-    "GLUE": {"condlora": 1e-3, "lora": 1e-3, "tied": 1e-3, "random": 1e-3, "full": 3e-5,
-             "head": 2e-3},
-}
-EPOCHS = {"toy": 14, "GLUE": 20}
-BATCH_SIZE = {"toy": 32, "GLUE": 16}
+TOY = {"epochs": 14, "batch_size": 32,
+       "lr": dict.fromkeys(METHODS, 5e-3) | {"lora": 4e-3, "full": 1e-3, "head": 1e-2}}
+GLUE = {"epochs": 20, "batch_size": 16,
+        "lr": dict.fromkeys(METHODS, 1e-3) | {"full": 3e-5, "head": 2e-3}}
 TARGETS = ("query", "key", "value", "out", "fc1", "fc2")
 # Options that a checkpoint does not store.
 NOT_KEPT = ("init_from", "device", "no_graphs", "out", "history", "resume", "eval_only", "predict",
@@ -222,14 +218,6 @@ def load_task(args):
     return task.load(args.data_dir), task.classes, task.metrics
 
 
-def looks_like_scores(classes):
-    """Whether these names of classes are many numbers."""
-    try:
-        return len([float(name) for name in classes]) > 10
-    except ValueError:
-        return False
-
-
 def build(args, model):
     """Adapt a pretrained encoder: only what should train requires a gradient."""
     if args.method in METHODS:
@@ -310,8 +298,8 @@ def train_and_report(args, ckpt, device):
         raise ValueError(f"{args.resume or args.eval_only} was trained on {ckpt['n_texts']} texts "
                          f"a row and the classes {', '.join(ckpt['classes']):.60}; {args.task} has "
                          f"others")
-    if IS_MASTER and os.path.isabs(args.task) and looks_like_scores(classes):
-        print(f"the labels are {len(classes)} different numbers: are they scores? Then add "
+    if IS_MASTER and os.path.isabs(args.task) and glue.look_like_scores(classes):
+        print(f"the labels are {len(classes)} different numbers: if they are scores, add "
               f"--regression")
     data_sha256 = checkpoint.data_sha256(splits)
     if args.resume and ckpt.get("data", data_sha256) != data_sha256:
@@ -349,7 +337,7 @@ def predict_or_export(args, ckpt, device):
         peft_format.export(model, folder, args.export)
         print(f"saved to {args.export}")
         return
-    lines = {"lines": read_texts(args.predict, ckpt["n_texts"])}
+    lines = {"lines": glue.read_lines(args.predict, ckpt["n_texts"])}
     forward = prepare(model, args, device)
     data = tokenize(lines, folder, model, args, device)
     for logits in outputs_of(model, forward, data["lines"], args.batch_size):
@@ -399,32 +387,10 @@ def report(args, model, ckpt, scores, train_labels, device):
                              f"examples/s)",
             "saved to": args.out,
         }
+        if args.method in ("lora", "condlora"):
+            rows["next"] = f"python analyze.py {args.out}"
     for name, value in rows.items():
         print(f"{name:20}{value}")
-    if args.method in ("lora", "condlora") and not args.eval_only:
-        print(f"next                python analyze.py {args.out}")
-
-
-def read_texts(file, n_texts):
-    """A Split without labels: each line of a file ("-" for standard input) is a text, or two."""
-    try:
-        text = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        text = text.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8: {error}") from None
-    except OSError as error:
-        raise ValueError(f"--predict {file} cannot be read: {error.strerror}") from None
-    lines = text.removesuffix("\n").split("\n") if text else []
-    texts = [tuple(line.removesuffix("\r").split("\t")) for line in lines]
-    for number, columns in enumerate(texts, 1):
-        if len(columns) != n_texts:
-            plural = "texts" if len(columns) > 1 else "text"
-            needed = "2, separated by a tab" if n_texts == 2 else "1"
-            raise ValueError(f"{file}, line {number}: found {len(columns)} {plural}; this model "
-                             f"needs {needed}")
-    if not texts:
-        raise ValueError(f"{file} has no lines")
-    return glue.Split(texts, [0] * len(texts))
 
 
 def arguments(argv):
@@ -455,11 +421,6 @@ def arguments(argv):
     return args, ckpt
 
 
-def by_kind(defaults):
-    """default: toy 14, GLUE 20"""
-    return "default: " + ", ".join(f"{kind} {value}" for kind, value in defaults.items())
-
-
 def make_parser():
     parser, rate = parser_of(__doc__), between(float, 1e-30, 1e30)
     add, count = parser.add_argument, between(int, 1, 10 ** 9)
@@ -482,8 +443,8 @@ def make_parser():
         help=f"linear layers to adapt, of {', '.join(TARGETS)}; default: query value")
     add("--lr", type=rate, help="highest learning rate; default: 5e-3 (toy) or 1e-3 (GLUE) for "
         "condlora, other rates for other methods")
-    add("--epochs", type=count, help=by_kind(EPOCHS))
-    add("--batch_size", type=count, help=by_kind(BATCH_SIZE))
+    add("--epochs", type=count, help="default: toy 14, GLUE 20")
+    add("--batch_size", type=count, help="default: toy 32, GLUE 16")
     add("--max_len", type=count, default=128,
         help="longest input, in tokens, at most the encoder's positions; default: 128")
     add("--warmup", type=between(float, 0, 1), default=0.1,
@@ -526,10 +487,10 @@ def task_name(text):
 
 def settle(args, device):
     """Fill in what the command line leaves open; raise ValueError now if it cannot be done."""
-    kind = "toy" if args.task in toy.TASKS else "GLUE"
-    args.lr = args.lr or LEARNING_RATE[kind][args.method]
-    args.epochs = args.epochs or EPOCHS[kind]
-    args.batch_size = args.batch_size or BATCH_SIZE[kind]
+    defaults = TOY if args.task in toy.TASKS else GLUE
+    args.lr = args.lr or defaults["lr"][args.method]
+    args.epochs = args.epochs or defaults["epochs"]
+    args.batch_size = args.batch_size or defaults["batch_size"]
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if args.regression and not os.path.isabs(args.task):
         raise ValueError(f"--regression is for your own data, --task is {args.task}")

@@ -10,6 +10,7 @@ is held out to choose the epoch ("validation"), and what GLUE calls dev is repor
 
 import math
 import os
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -227,6 +228,36 @@ def metrics(task, predictions, labels):
         raise ValueError(f"predictions of shape {predictions.shape} "
                          f"for labels of shape {labels.shape}")
     return find_task(task).metrics(predictions, labels)
+
+
+def read_lines(file, n_texts):
+    """A Split without labels: each line of a file ("-" for standard input) is a text, or two."""
+    try:
+        text = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        text = text.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--predict {file} is not UTF-8: {error}") from None
+    except OSError as error:
+        raise ValueError(f"--predict {file} cannot be read: {error.strerror}") from None
+    lines = text.removesuffix("\n").split("\n") if text else []
+    texts = [tuple(line.removesuffix("\r").split("\t")) for line in lines]
+    for number, columns in enumerate(texts, 1):
+        if len(columns) != n_texts:
+            plural = "texts" if len(columns) > 1 else "text"
+            needed = "2, separated by a tab" if n_texts == 2 else "1"
+            raise ValueError(f"{file}, line {number}: found {len(columns)} {plural}; this model "
+                             f"needs {needed}")
+    if not texts:
+        raise ValueError(f"{file} has no lines")
+    return Split(texts, [0] * len(texts))
+
+
+def look_like_scores(classes):
+    """Whether these names of classes are many numbers."""
+    try:
+        return len([float(name) for name in classes]) > 10
+    except ValueError:
+        return False
 
 
 def held_out(whole, file):

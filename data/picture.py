@@ -1,5 +1,6 @@
 """Pictures as SVG, which browsers show in their own light or dark colours."""
 
+import math
 from html import escape
 
 VIRIDIS = [(68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37)]
@@ -58,3 +59,41 @@ class Picture:
 
     def __str__(self):
         return "\n".join([*self.parts, "</svg>"]) + "\n"
+
+
+def maps(headline, title, table, numbers):
+    """φ of every two layers, a map for each matrix: trained above the diagonal, control below.
+
+    table: {target: {matrix: {"map", "control_map": (L, L) lists, "random": (mean, deviation)}}};
+    numbers: the layers'. If training adds nothing, a map looks symmetric.
+    """
+    L, flat = len(numbers), [(f"{target} {name}", row, rows.values())
+                             for target, rows in table.items() for name, row in rows.items()]
+    columns = min(4, len(flat))
+    cell = max(14, 168 // L)
+    size = L * cell
+    drawing = Picture(max(30 + columns * (size + 60), 820),
+                      90 + math.ceil(len(flat) / columns) * (size + 100))
+    drawing.text(16, 28, headline, 16)
+    drawing.text(16, 50, f"{title}. \u03c6 of every two layers: above the diagonal trained, below "
+                         f"it untrained", 12)
+    for n, (name, row, same_target) in enumerate(flat):
+        x, y = 40 + n % columns * (size + 60), 96 + n // columns * (size + 100)
+        # One scale for a target's matrices, from the random baseline up.
+        low = min(other["random"][0] for other in same_target)
+        high = max([low + 1e-6] + [other[kind][a][b] for other in same_target for a in range(L)
+                                   for b in range(L) for kind in ("map", "control_map") if a != b])
+        drawing.text(x, y - 8, name, 14)
+        for a in range(L):
+            drawing.text(x - 5, y + (a + 0.7) * cell, numbers[a], 9, "end")
+            drawing.text(x + (a + 0.5) * cell, y + size + 12, numbers[a], 9, "middle")
+            for b in set(range(L)) - {a}:
+                # The control is mirrored, so that the same two layers lie opposite each other.
+                kind, value = (("trained", row["map"][a][b]) if a < b else
+                               ("untrained", row["control_map"][b][a]))
+                drawing.box(x + b * cell, y + a * cell, cell - 1, cell - 1,
+                            colour(value, low, high),
+                            f"{name}, layers {numbers[min(a, b)]} and {numbers[max(a, b)]}, "
+                            f"{kind}: {value:.4f}")
+        drawing.legend(x, y + size + 24, f"{low:.3f} (random)", f"{high:.3f}", length=size // 2 * 2)
+    return str(drawing)

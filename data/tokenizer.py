@@ -124,6 +124,8 @@ class Tokenizer:
         self.written = {token["content"]: token for token in added if not token["normalized"]}
         self.normalized = {algorithm.normalize(token["content"]): token
                            for token in added if token["normalized"]}
+        if len(self.written) + len(self.normalized) < len(added):
+            raise ValueError("two of the added tokens are the same text")
         self.find_written, self.find_normalized = finder(self.written), finder(self.normalized)
         # Words repeat. A cache for each tokenizer; a decorator's would be shared.
         self.ids_of_word = lru_cache(maxsize=1 << 18)(algorithm.ids_of_word)
@@ -134,11 +136,13 @@ class Tokenizer:
         # Splitting by a group gives plain text, added token, plain text, and so on.
         for i, part in enumerate(self.find_written.split(text)):
             if i % 2:
-                ids.append(self.written[part.lstrip(SPACES)]["id"])
+                token = self.written.get(part) or self.written[part.lstrip(SPACES)]
+                ids.append(token["id"])
                 continue
             for j, part in enumerate(self.find_normalized.split(self.algorithm.normalize(part))):
                 if j % 2:
-                    ids.append(self.normalized[part.lstrip(SPACES)]["id"])
+                    token = self.normalized.get(part) or self.normalized[part.lstrip(SPACES)]
+                    ids.append(token["id"])
                 elif part:
                     for word in self.algorithm.words(part):
                         ids += self.ids_of_word(word)
@@ -169,8 +173,11 @@ class Tokenizer:
 
 def finder(tokens):
     """A regular expression that finds the keys of `tokens`: the leftmost, and then the longest."""
-    # lstrip: a token takes the spaces before it along, all of them.
-    patterns = [f"(?<![{SPACES}])[{SPACES}]*" * token["lstrip"] + re.escape(content)
+    # lstrip: a token takes all spaces before it along.
+    for content, token in tokens.items():
+        if not content or token["lstrip"] and content[0] in SPACES:
+            raise ValueError(f"the added token {content!r:.40} is empty or begins with a space")
+    patterns = [f"(?:(?<![{SPACES}])[{SPACES}]+)?" * token["lstrip"] + re.escape(content)
                 for content, token in sorted(tokens.items(), key=lambda item: -len(item[0]))]
     return re.compile(f"({'|'.join(patterns) or '(?!)'})")
 

@@ -295,7 +295,8 @@ def test_the_picture_has_trained_pairs_above_the_diagonal_and_the_control_below(
 
 def test_a_title_with_signs_of_xml_leaves_the_picture_whole():
     row = {"map": [[1.0, 0.2], [0.2, 1.0]], "control_map": [[1.0, 0.1], [0.1, 1.0]], "z": 0.0}
-    drawn = analyze.picture({"query": {"A": row | {"random": (0.1, 0.0)}}}, "R&D <one>", ["0", "1"])
+    table = {"query": {"A": row | {"random": (0.1, 0.0)}}}
+    drawn = picture.maps("Nothing < 3 sd", "R&D <one>", table, ["0", "1"])
     assert "R&D <one>" in "".join(ElementTree.fromstring(drawn).itertext())
 
 

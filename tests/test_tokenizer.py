@@ -244,6 +244,8 @@ NORMAL = {"normalized": True, "special": False}
      "a foo FOOs Caf\xe9s cafes", [2, 6, 37, 37, 1, 38, 7, 11, 3]),
     (saved, "bert", {"added_tokens": [added("foo", 37), added("foo bar", 38)]}, "foo bar foo",
      [2, 38, 37, 3]),
+    (saved, "bert", {"added_tokens": [added("\u4e2d\u6587", 37, **NORMAL), added(" a", 38)]},
+     "x\u4e2d\u6587x a", [2, 27, 37, 27, 38, 3]),
     # all-mpnet-base-v2 has such a <unk>
     (saved, "mpnet", {"added_tokens": [added("<unk>", 3, normalized=True)]},
      "<UNK> <unk> [UNK] [unk]", [0, 3, 3, 4, 4, 4, 4, 2]),
@@ -282,6 +284,9 @@ GENERIC = {"tokenizer_class": "TokenizersBackend"}
     (saved, "bert", {"added_tokens": [added("foo", 37, single_word=True)]},
      "single_word of the added token 'foo'"),
     (saved, "bert", {"added_tokens": [added("foo", 37, rstrip=True)]}, "rstrip of the added"),
+    (saved, "bert", {"added_tokens": [added("\u0301", 37, **NORMAL)]}, "is empty"),
+    (saved, "bert", {"added_tokens": [added("Foo", 37, **NORMAL), added("foo", 38, **NORMAL)]},
+     "the same text"),
     (saved, "bert", {"model": {"type": "Unigram"}}, "tokenizer.json's model is 'Unigram'"),
     (saved, "bert", {"config": GENERIC, "normalizer": {"type": "NFC"}}, "normalizer is"),
     (saved, "bert", {"config": GENERIC, "pre_tokenizer": {"type": "Whitespace"}}, "'Whitespace'"),

@@ -500,7 +500,7 @@ def test_a_rank_that_cannot_be_is_said_before_the_toy_encoder_is_pretrained(monk
         (lambda c: c["settings"].update(epochs=[2]), "[2] is not of type str"),
         (lambda c: c["config"].update(num_attention_heads=4), "config.json has changed since"),
         (lambda c: c["weights"].popitem(), "is missing"),
-        (lambda c: c["last"].update(x=torch.ones(1)), "x is unexpected"),
+        (lambda c: c["last"].update(x=torch.ones(1)), "x is (1,), in the model missing"),
         (
             lambda c: c["optimizer"][0].update(exp_avg=torch.ones(1)),
             "optimizer's state does not fit",
