@@ -173,9 +173,16 @@ def similarity_maps(matrices, A, i, j, side):
 
 
 def similarity(target, i, j, side):
-    """{"A", "B", "BA": a row of the main table}: its numbers, and the maps behind them.
+    """{"A", "B", "BA": a row}: a dict of phi's mean over pairs of layers, and its baselines.
 
-    If i and j are the rank, BA and B have the same left vectors, and BA's row is left out.
+    trained     of the compared matrices; "map" has every two layers
+    control     (mean, sd) of untrained factors through the same W0; "control_map" their mean
+    random      (mean, sd) of Gaussian matrices of the same shape
+    z           of trained, in sd of the control
+    raw         of A^T, B and B A themselves; raw_random, raw_z: as above, against Gaussian ones
+
+    Rows in which phi is 1 by definition are left out, since i or j directions are all there are;
+    and BA's if i and j are the rank, since B has the same left vectors.
     """
     rng = torch.Generator().manual_seed(0)
     phis = lambda matrices, A: similarity_maps(matrices, A, i, j, side)
@@ -190,9 +197,12 @@ def similarity(target, i, j, side):
         other_A = gaussian(target.A.shape, rng).to(target.A.device)
         randoms.append(phis(noise(compared), other_A))
         raw_randoms.append(phis(noise(factors), other_A))
-    is_full = i == j == target.rank and side == "left"
+    lengths = {name: X.shape[1] if side == "left" else X.shape[2] for name, X in compared.items()}
+    lengths["BA"] = lengths["B"] if side == "left" else target.A.shape[2]
+    if i == j == target.rank and side == "left":
+        del lengths["BA"]
     rows = {}
-    for name in ("A", "B") if is_full else ("A", "B", "BA"):
+    for name in (name for name, length in lengths.items() if max(i, j) < length):
         baseline = lambda draws: mean_and_deviation(mean_of_pairs(x[name]) for x in draws)
         row = {"trained": mean_of_pairs(trained[name]), "control": baseline(controls),
                "random": baseline(randoms), "raw": mean_of_pairs(raw[name]),
@@ -260,8 +270,8 @@ def amplification(target):
     L, d_out, d_in = target.W0.shape
     basis = lambda d: torch.linalg.qr(gaussian((L, d, S.shape[1]), rng))[0].to(S.device)
     random = sum(along(basis(d_out), basis(d_in)) for _ in range(DRAWS)) / DRAWS
-    return {"own": (S.norm(dim=1) / along(U, V)).tolist(),
-            "random": (S.norm(dim=1) / random).tolist()}
+    return {"own": (S.norm(dim=1) / along(U, V)).nan_to_num().tolist(),
+            "random": (S.norm(dim=1) / random).nan_to_num().tolist()}
 
 
 def theta_deviation(target):
@@ -275,7 +285,8 @@ def analyze(targets, others, i, j, side):
     """Every number that is printed, as JSON takes it: a dict of tables, each by target."""
     result = {"layers": next(iter(targets.values())).numbers}
     for name, target in targets.items():
-        tables = {"condition": target.condition.tolist(),
+        # Infinity, a singular W0's, is not JSON: the largest number stands for it.
+        tables = {"condition": target.condition.nan_to_num().tolist(),
                   "least_squares": [number for number, is_exact
                                     in zip(target.numbers, target.is_exact) if not is_exact],
                   "similarity": similarity(target, i, j, side),
@@ -297,40 +308,51 @@ def flat(table):
             for name, row in rows.items()]
 
 
+def findings(table):
+    """Lists of rows: "same" and "shared" by construction, "more" and "less" similar than the
+    control by 3 sd, and "raw", where A or B themselves are more similar than random."""
+    rows = dict(flat(table))
+    same = [name for name, row in rows.items() if row["trained"] > 0.99]
+    shared = [name for name, row in rows.items() if row["raw"] > 0.99]
+    return {"same": same, "shared": shared,
+            "more": [name for name, row in rows.items() if row["z"] > 3 and name not in same],
+            "less": [name for name, row in rows.items() if row["z"] < -3],
+            "raw": [name for name, row in rows.items()
+                    if row["raw_z"] > 3 and name not in shared]}
+
+
 def headline(table):
     """The finding in a sentence, for the picture."""
-    beyond = beyond_control(table)
-    if not beyond:
-        return "Training changes almost nothing: the maps are symmetric"
-    return f"Training adds similarity to {', '.join(beyond)}; elsewhere the maps are symmetric"
-
-
-def beyond_control(table, z="z"):
-    return [name for name, row in flat(table) if row[z] > 3]
+    found = findings(table)
+    if found["same"]:
+        return "All layers have the same conversion matrices, by construction"
+    parts = [f"{what} similar: {', '.join(found[what])}"
+             for what in ("more", "less") if found[what]]
+    if not parts:
+        return "Training adds no similarity: trained and untrained layers are equally similar"
+    return f"Trained layers and untrained ones compared: {'; '.join(parts)}"
 
 
 def verdict(table, is_condlora):
     """What training makes similar and what it does not, in a few sentences."""
+    found = {what: ", ".join(names) for what, names in findings(table).items()}
     lines = []
-    same = [name for name, row in flat(table) if row["trained"] > 0.99]
-    if same and not is_condlora:
-        lines.append(f"{', '.join(same)}: the conversion matrices are the same in all layers. "
-                     f"That is how CondLoRA makes A and B, not something training found.")
-    equal = [name for name, row in flat(table) if row["raw"] > 0.99]
-    if equal:
-        lines.append(f"{', '.join(equal)}: all layers share one factor, by construction.")
-    beyond = [name for name in beyond_control(table) if name not in same]
-    if beyond:
-        lines.append(f"Beyond the control by more than 3 sd: {', '.join(beyond)}. All other "
+    if found["same"] and not is_condlora:
+        lines.append(f"{found['same']}: the conversion matrices are the same in all layers. That "
+                     f"is how CondLoRA makes A and B, not something training found.")
+    if found["shared"]:
+        lines.append(f"{found['shared']}: all layers share one factor, by construction.")
+    if found["more"]:
+        lines.append(f"Beyond the control by more than 3 sd: {found['more']}. All other "
                      f"similarity comes from W0.")
-    elif not same:
+    elif not found["same"]:
         lines.append("No row exceeds its control by 3 sd: no similarity beyond what W0 produces.")
-    raw = [name for name in beyond_control(table, "raw_z") if name not in equal]
-    if not is_condlora and raw:
-        lines.append(f"A and B themselves, without W0^-1, are more similar than random by more "
-                     f"than 3 sd in: {', '.join(raw)}.")
-    elif not is_condlora:
-        lines.append("A and B themselves, without W0^-1, are no more similar than random.")
+    if found["less"]:
+        lines.append(f"Less similar than the control by more than 3 sd: {found['less']}.")
+    if not is_condlora:
+        lines.append("A and B themselves, without W0^-1, are " + (
+            f"more similar than random by more than 3 sd in: {found['raw']}." if found["raw"]
+            else "no more similar than random."))
     return "\n".join(lines)
 
 
@@ -474,6 +496,9 @@ def run(argv):
         raise ValueError(f"--i {i} --j {j}: A and B of rank {rank} have 1 to {rank} singular "
                          f"vectors")
     result = analyze(targets, others, i, j, args.side)
+    if not all(result["similarity"].values()):
+        raise ValueError(f"with --i {i} --j {j} phi is 1 by definition: these are all the "
+                         f"directions there are; choose less")
     title = f"{Path(task).name}, {method} rank {rank}, i = {i}, j = {j}, {args.side} vectors"
     write(svg, maps(headline(result["similarity"]), title, result["similarity"],
                     result["layers"]).encode())
@@ -507,7 +532,7 @@ def make_parser():
     add("--verbose", action="store_true", help="also show each layer's numbers")
     add("--json", type=Path, help="write every number to this file")
     add("--svg", type=Path, help="where the picture goes; default: next to the checkpoint")
-    add("--init_from", help="folder of the encoder, if it has moved")
+    add("--init_from", help="folder of the encoder, if it has moved; needed with a PEFT folder")
     add("--device", default="cpu", help="cpu (the default) or cuda; in float64 either way")
     return parser
 

@@ -9,7 +9,7 @@ W0 (d_out, d_in) is the frozen weight of a linear layer, r the rank, s = alpha /
 LoRA (Hu et al. 2022, arXiv:2106.09685) trains an A (r, d_in) and a B (d_out, r) in every layer.
 CondLoRA (Kim et al. 2024, arXiv:2403.14946) makes A and B from W0:
 
-    A = (W0 theta_A^T)^T,    B = W0 theta_B^T
+    A = (W0 theta_A^T)^T,    B = W0 theta_B^T          (a linear layer on the rows of W0)
 
 and trains only theta_A and theta_B, both (r, d) for a square W0. All layers of a target ("query",
 say) share one pair: with L layers, 1/L as many parameters as LoRA.
@@ -27,13 +27,14 @@ import torch.nn.functional as F
 
 
 def convert(M, theta_A, theta_B):
-    """A (r, d_in) and B (d_out, r) from M (d_out, d_in), which is W0 in CondLoRA, or from a stack.
+    """A (r, d_in) and B (d_out, r) from M (d_out, d_in), which is W0 in CondLoRA.
 
-    M None stands for the identity: the control "tied".
+    M may be a stack, (L, d_out, d_in). None stands for the identity: the control "tied".
     """
     if M is None:
         return theta_A, theta_B.T
-    # Square, as in the paper: M theta_A^T. Rectangular: M^T theta_A^T, so that A has d_in columns.
+    # The paper has square M only. Of a rectangular one we take the transpose, which alone gives A
+    # its d_in columns.
     square = M.shape[-2] == M.shape[-1]
     A = ((M if square else M.mT) @ theta_A.T).mT
     B = M @ theta_B.T
@@ -41,7 +42,7 @@ def convert(M, theta_A, theta_B):
 
 
 class Conversion(nn.Module):
-    """The paper's single linear layer: theta_A and theta_B turn any layer's W0 into its A and B."""
+    """The paper's single linear layer: theta_A and theta_B make a layer's A and B from its W0."""
 
     def __init__(self, W0, rank):
         super().__init__()
@@ -121,6 +122,7 @@ class CondLoRALinear(AdaptedLinear):
         if first is None:
             self.conversion = Conversion(weight, settings["rank"])
         else:
+            # Past nn.Module's own __setattr__, which would register it here, too.
             object.__setattr__(self, "conversion", first.conversion)
         random = None
         if settings["method"] == "random":  # with W0's mean square
@@ -155,10 +157,10 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     linears = find_linears(model, method, targets, rank, alpha)
-    model.requires_grad_(False)
     settings = {"method": method, "targets": targets, "rank": int(rank), "alpha": float(alpha),
                 "seed": int(seed)}
     generator = torch.Generator().manual_seed(settings["seed"])
+    model.requires_grad_(False)
     adapted, firsts = {}, {}
     for name, linear in linears.items():
         if method == "lora":
@@ -221,7 +223,8 @@ def load_adapter(model, file):
     Every parameter in the file, the head's included, is copied into the parameter of that name,
     which then requires a gradient. Returns the model, merged again if it was. Raises ValueError,
     with the model's weights untouched, if method, rank, alpha or the adapted layers differ, or if a
-    tensor is missing, unexpected or of another shape. Loading never runs code (weights_only=True).
+    tensor is missing, unexpected or of another shape; a fresh model may be adapted by then. Loading
+    never runs code (weights_only=True).
     """
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
@@ -301,6 +304,7 @@ def replace(model, new):
     """Put new[old] in the place of each module `old`, with its mode and its hooks."""
     for old, module in new.items():
         module.train(old.training)
+        # nn.Module keeps hooks, and how to call them, in attributes with these prefixes.
         vars(module).update({name: value for name, value in vars(old).items()
                              if name.startswith(("_forward", "_backward", "_is_full_backward"))})
     for name, old in list(model.named_modules(remove_duplicate=False)):

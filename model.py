@@ -127,7 +127,8 @@ def relative_buckets(offset):
     """The bucket of key position - query position (T5's rule: Raffel et al. 2020, section 2.1).
 
     Half of the buckets are for keys before the query, half for those after. The 8 nearest distances
-    have a bucket each; farther ones share buckets that widen logarithmically, up to 128 and more.
+    have a bucket each; farther ones share buckets that widen logarithmically, and all distances of
+    128 or more the last.
     """
     distance = offset.abs()
     half = BUCKETS // 2
@@ -195,7 +196,8 @@ class Transformer(nn.Module):
             x = layer(x, x, mask)
         if not first_only:
             return last(x, x, mask)
-        # The head reads the first token only, so the last layer computes no other.
+        # The head reads the first token only, so the last layer computes no other. Contiguous, so
+        # that the others can be freed.
         first_mask = None if mask is None else mask[:, :, :1]
         return last(x[:, :1].contiguous(), x, first_mask)
 

@@ -4,7 +4,7 @@
     python data/download.py mrpc roberta-base
     python train.py --task mrpc --init_from roberta-base     # GLUE
     python train.py --task FOLDER --init_from roberta-base   # your own train.tsv and dev.tsv
-    python train.py --eval_only ckpt.pt                      # its scores again
+    python train.py --eval_only ckpt.pt                      # evaluate a checkpoint
     python train.py --eval_only ckpt.pt --predict FILE       # a label for each line of FILE
 
 Protocol of the CondLoRA paper (Kim et al. 2024, section 4): a tenth of the training set is held
@@ -23,14 +23,14 @@ from contextlib import nullcontext
 from glob import glob
 from pathlib import Path
 
-# cuBLAS gives the same sums each time only with this.
+# cuBLAS sums in the same order each time only with this.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import numpy as np
 import torch
 import torch.distributed as dist
-# AdamW imports this lazily; imported after init_process_group it would keep the group alive after
-# it is destroyed.
+# AdamW imports this lazily. Imported after init_process_group it would keep the process group
+# alive, and the program would end with a warning.
 import torch.distributed.nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -47,7 +47,7 @@ DATA = Path(__file__).resolve().parent / "data"
 # Several processes under torchrun share each batch; number 0 prints and writes.
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 IS_MASTER = PROCESS == 0
-HIDE_BAR = None if IS_MASTER else True  # tqdm: True hides the bar, None only without a terminal
+HIDE_BAR = None if IS_MASTER else True  # tqdm: True hides the bar, None hides it in a file
 
 # Defaults, chosen on the validation sets of the toy tasks and of GLUE.
 TOY = {"epochs": 14, "batch_size": 32,
@@ -65,9 +65,10 @@ NOT_KEPT = ("init_from", "device", "no_graphs", "out", "history", "resume", "eva
 def train(model, forward, data, metrics, args, ckpt):
     """Train for args.epochs epochs, or for those that the checkpoint `ckpt` lacks.
 
-    forward(*inputs) gives the model's logits, data is {"train", "validation": Encoded}, metrics a
-    function of (predictions, labels). After each epoch the dict `ckpt` (its entries:
-    data/checkpoint.py) gets the epoch's history and weights and is saved.
+    forward(*inputs) gives logits: it is the model, or a faster equivalent (`prepare`). data is
+    {"train", "validation": Encoded}; a batch of it is row numbers, the width to cut them at, and
+    whether some are padded. After each epoch the dict `ckpt` (its entries: data/checkpoint.py) gets
+    the epoch's history and weights and is saved.
     """
     split, history = data["train"], ckpt["history"]
     device, n = split.labels.device, len(split.labels)
@@ -106,10 +107,11 @@ def train(model, forward, data, metrics, args, ckpt):
 
         scores = evaluate(model, forward, data["validation"], metrics, args.batch_size)
         history.append({"epoch": epoch, "loss": loss, "seconds": seconds, "validation": scores})
-        ckpt.update(checkpoint.pack_state(model, optimizer))  # "last" and "optimizer"
+        state = checkpoint.pack_state(model, optimizer)  # {"last": weights, "optimizer": ...}
+        ckpt.update(state)
         is_best = best_of(history)["epoch"] == epoch
         if is_best:
-            ckpt.update(best_epoch=epoch, weights=ckpt["last"])
+            ckpt.update(best_epoch=epoch, weights=state["last"])
         if IS_MASTER:
             checkpoint.save(ckpt, args.out)
             tqdm.write(f"epoch {epoch:2d}  loss {loss:.3f}  validation {text_of(scores)}"
@@ -202,7 +204,7 @@ def best_of(history):
 
 
 def text_of(scores):
-    """accuracy 68.4%, f1 70.1%; correlations are not shares, and stay as they are."""
+    """Format scores: "accuracy 68.4%, f1 70.1%", or "pearson 0.891"."""
     is_share = lambda name: "accuracy" in name or "f1" in name
     return ", ".join(f"{name} {100 * value:.1f}%" if is_share(name) else f"{name} {value:.3f}"
                      for name, value in scores.items())
@@ -224,6 +226,8 @@ def build(args, model):
         adapt(model, args.method, args.targets, args.rank, args.alpha, args.seed)
     elif args.method == "head":
         model.requires_grad_(False)
+    elif args.method != "full":
+        raise ValueError(f"--method is {args.method:.20}, not one of the methods")
     model.head.requires_grad_(True)
     return model
 
@@ -290,7 +294,7 @@ def run(argv):
 
 
 def train_and_report(args, ckpt, device):
-    """Train, unless --eval_only; print the scores and write them to the checkpoint."""
+    """Train, print the scores and write them to the checkpoint; with --eval_only, print only."""
     with naming_checkpoint(args):
         splits, classes, metrics = load_task(args)
     kind = {"classes": list(classes), "n_texts": len(splits["train"].texts[0])}
@@ -394,7 +398,10 @@ def report(args, model, ckpt, scores, train_labels, device):
 
 
 def arguments(argv):
-    """(options, the checkpoint that --resume or --eval_only names or None)."""
+    """(options, the checkpoint that --resume or --eval_only names or None).
+
+    A checkpoint's own settings hold; the command line may repeat them, but not change them.
+    """
     parser = make_parser()
     args = parser.parse_args(argv)
     file = args.resume or args.eval_only
@@ -492,6 +499,8 @@ def settle(args, device):
     args.epochs = args.epochs or defaults["epochs"]
     args.batch_size = args.batch_size or defaults["batch_size"]
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if args.history and args.eval_only:
+        raise ValueError("--history is of a training, --eval_only does not train")
     if args.regression and not os.path.isabs(args.task):
         raise ValueError(f"--regression is for your own data, --task is {args.task}")
     for target in args.targets:
@@ -574,8 +583,9 @@ def with_summed_weights(model, dtype):
     """forward(*inputs), in which each adapted layer does one product, with its W0 + dW.
 
     On a GPU the thin products with A and B are memory-bound, forward and backward. All layers'
-    W0 + dW are formed by a few large products instead, in `dtype`; the sum itself is float32, where
-    small updates are not lost, and rounded once.
+    B A are formed by a few large products instead, in `dtype`. W0 + dW is summed in float32, where
+    small updates are not lost, then rounded to `dtype`. Unlike after merge(), it keeps its graph,
+    through which gradients reach A and B.
     """
     stacks = {}  # the layers of one shape, and of one conversion if any
     for layer in adapted_layers(model):

@@ -44,7 +44,7 @@ def load(file):
 
 
 def check(checkpoint):
-    """Raise TypeError or ValueError now if an entry is of a type that would fail much later."""
+    """Raise TypeError or ValueError now if an entry is of a type that would fail later."""
     def all_are(kinds, *values):
         for value in values:
             if type(value) not in kinds:
@@ -53,14 +53,15 @@ def check(checkpoint):
 
     if not isinstance(checkpoint, dict) or "history" not in checkpoint:
         raise ValueError("not a checkpoint of train.py")
-    c, settings, history = (checkpoint, *(checkpoint[k] for k in ("settings", "history")))
+    c, settings, history = checkpoint, checkpoint["settings"], checkpoint["history"]
     all_are([dict], settings, c["config"], c["encoder"], c["weights"], c["last"], c["optimizer"])
     all_are([list], history, c["classes"], c["layers"], settings["targets"])
     all_are([str], c["task"], settings["method"], c["encoder"]["path"], *c["encoder"].values(),
             *c["classes"], *c["layers"], *settings["targets"], *settings)
     all_are([int], c["n_texts"], settings["rank"], settings["seed"])
     all_are([bool], settings["regression"])
-    all_are([str, int, float, bool, type(None)], *({**settings, "targets": None}).values())
+    all_are([str, int, float, bool, type(None)],
+            *(value for name, value in settings.items() if name != "targets"))
     states = [c["weights"], c["last"], *c["optimizer"].values()]
     all_are([dict], *states)
     all_are([torch.Tensor], *(tensor for state in states for tensor in state.values()))

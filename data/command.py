@@ -39,7 +39,8 @@ def between(kind, low, high):
 def one_line(program, stopped="stopped"):
     """A mistake in this block ends the program with a line on standard error and exit status 2."""
     # A terminal that knows fewer characters gets "?" for the others.
-    sys.stdout.reconfigure(errors="replace")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
     message = None
     try:
         yield
@@ -78,7 +79,7 @@ def reading(file):
 
 
 def write(file, data):
-    """Write bytes next to `file`, then rename that: an interrupted run leaves the last whole one.
+    """Write bytes next to `file`, then rename that: an interrupted run leaves the file as it was.
     """
     partial = partial_of(file)
     try:

@@ -19,7 +19,7 @@ import numpy as np
 
 from .command import reading
 
-# Metrics of class ids (n,), or of scores (n,): each a fraction, a task's main one first -----------
+# Metrics of class ids (n,), or of scores (n,), a task's main one first ----------------------------
 
 def accuracy(predictions, labels):
     return {"accuracy": float(np.mean(predictions == labels))}
@@ -46,7 +46,7 @@ def correlations(predictions, labels):
 
 
 def f1(predicted, given):
-    """Harmonic mean of precision and recall, from two boolean arrays; 0 if neither has one."""
+    """Harmonic mean of precision and recall, from two boolean arrays; 0 if both are all False."""
     either = np.sum(predicted) + np.sum(given)
     return float(2 * np.sum(predicted & given) / either) if either else 0.0
 
@@ -218,7 +218,7 @@ def load(task, root):
 
 
 def metrics(task, predictions, labels):
-    """The task's metrics, its main one first: {"accuracy": 0.9} and so on, each a fraction.
+    """The task's metrics, its main one first: {"accuracy": 0.9}, {"pearson": -0.1, ...}, ...
 
     predictions: class ids (n,), or scores (n,) for STS-B; labels likewise. Raises ValueError if
     their lengths differ.

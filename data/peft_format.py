@@ -16,15 +16,15 @@ from .command import reading, write
 from .pretrained import hf_name, read_safetensors, write_safetensors
 
 BASE = "base_model.model."  # before each name in PEFT's file
-# Settings that say how an adapter was trained, not what it computes.
-ABOUT_TRAINING = {
+# Settings that are read below, or that say how an adapter was trained, not what it computes.
+KNOWN = {
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
     "inference_mode", "r", "target_modules", "exclude_modules", "lora_alpha", "lora_dropout",
     "use_rslora", "bias", "modules_to_save", "init_lora_weights", "layers_to_transform",
     "layers_pattern", "megatron_core", "eva_config", "qalora_group_size", "runtime_config",
 }
 # Other initializations ("pissa", "olora", ...) subtract B A from W0, or turn it into another one.
-KEEPS_W0 = (None, True, False, "gaussian", "orthogonal", "eva")
+KEEP_W0 = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 def export(model, encoder, folder):
@@ -80,11 +80,11 @@ def read(folder, model):
         if settings["peft_type"] != "LORA":
             raise ValueError(f"peft_type is {settings['peft_type']!r:.40}, not 'LORA'")
         start = settings.get("init_lora_weights")
-        if not any(start is value for value in KEEPS_W0) and start not in KEEPS_W0[3:]:
+        if start not in KEEP_W0:
             raise ValueError(f"init_lora_weights is {start!r:.40}, which changes W0: the encoder's "
                              f"own W0 does not belong to this A and B")
         for name, value in settings.items():
-            if value and name not in ABOUT_TRAINING:
+            if value and name not in KNOWN:
                 raise ValueError(f"{name:.40} is {value!r:.40}: only plain LoRA can be read")
         rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
         # rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.

@@ -12,8 +12,8 @@ synonyms, and nothing in it is tuned to a task.
                 good sentence with another noun of the same kind or another verb. The second
                 sentence alone gives 57%, since a true one has a kind's name more often.
     toy-agree   one sentence, like CoLA: is it well-formed? In a false one the verb has the number
-                of the noun nearer to it, which is never the subject's. Every two
-                neighbours agree in number: only the whole is wrong.
+                of the noun nearer to it, which is never the subject's. So comparing the
+                verb with either noun solves it.
 """
 
 import numpy as np
