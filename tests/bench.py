@@ -1,4 +1,4 @@
-"""How fast a step is, beside transformers + PEFT in the same run where they are installed.
+"""How fast a step is, next to transformers + PEFT in the same run if they are installed.
 
     python tests/bench.py                      # what this machine has: CUDA or CPU, the analysis
     python tests/bench.py --init_from FOLDER --data_dir FOLDER       # and epochs of real tasks
@@ -10,22 +10,22 @@ Shares of the peak. An encoder of N weights is counted as 4 N floating-point ope
 forward, and backward through the activations alone. (What train.py does is within 1% of that,
 attention aside: the last layer's saved positions and the gradients of W0 + dW weigh the same.) The
 peak is what a bf16 product of 8192 x 8192 matrices runs at, repeated as often as the steps: a GPU
-slows down when it is kept busy. On one H100 that was 737 TFLOP/s, 793 on a rested GPU; the shares
-of that stand beside. The recorded steps' quartiles lay within 1% of the median, the others', which
-wait for Python, within 13%.
+slows down when it is kept busy. On one H100 that was 702 TFLOP/s, 768 on a rested GPU, whose shares
+are in parentheses. The recorded steps' quartiles lay within 1% of the median, the others', which
+wait for Python, within 24%.
 
 What makes a step fast. A small batch's thousand kernels take longer to launch than to run: plain
-loop 41.9 ms, recorded as a CUDA graph 5.5 (batch 32). An adapter's thin products wait for memory:
+loop 27.4 ms, recorded as a CUDA graph 5.6 (batch 32). An adapter's thin products are memory-bound:
 forming W0 + dW for all layers at once and doing one product with it replaces three. Frozen weights
 are bfloat16; no mask is made where nothing is padded; the last layer is computed for the first
 token only. MPNet's position bias costs 8%, once it is contiguous: without that, attention
 falls back to its slowest kernel and the step takes 1.65 to 1.9 times RoBERTa's. The deterministic
 mode costs 2%, 6% where padded.
 
-On two CPU cores, batches of 16 of RTE with all-MiniLM-L6-v2, by turns: transformers + PEFT 346 ms,
-LoRA 276, CondLoRA 277, ratios 1.30 and 1.26. There the layers keep their thin products, since a CPU
-waits for arithmetic. The analysis takes 14 ms for phi of the 66 pairs of 12 layers of 768 x 768;
-decomposing both matrices anew for every pair takes 12.4 s.
+On two CPU cores, batches of 16 of RTE with all-MiniLM-L6-v2, by turns: transformers + PEFT 265 ms,
+LoRA 229, CondLoRA 231, ratios 1.17 and 1.15. There the layers keep their thin products, since a CPU
+is bound by arithmetic. The analysis takes 7 ms for phi of the 66 pairs of 12 layers of 768 x 768;
+decomposing both matrices again for every pair takes 9.6 s.
 """
 
 import argparse

@@ -3,13 +3,14 @@
 import json
 import os
 import re
+import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_encoder
+from conftest import ROOT, write_encoder
 
 import analyze
 import train
@@ -466,6 +467,21 @@ def test_a_reader_that_leaves_early_is_no_error(checkpoint, monkeypatch):
     with os.fdopen(write_end, "w", buffering=1) as stdout, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", stdout)
         analyze.main([str(lora)])
+
+
+def test_a_terminal_that_knows_only_ascii_gets_the_tables(checkpoint):
+    command = [sys.executable, ROOT / "analyze.py", checkpoint("lora")]
+    done = subprocess.run(command, capture_output=True, env=os.environ | {
+        "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C"})
+    assert done.returncode == 0 and b"Subspace similarity ? between layers" in done.stdout
+
+
+@pytest.mark.parametrize("side, i, expected", [("right", 3, ["BA"]), ("right", 1, ["A", "B", "BA"]),
+                                               ("left", 3, ["A", "B"])])
+def test_a_row_whose_phi_is_1_by_definition_is_left_out(checkpoint, capsys, side, i, expected):
+    """Of a factor of rank 3, three right singular vectors are all there are."""
+    run(capsys, checkpoint("lora"), "--side", side, "--i", i, "--j", i, "--json", "out.json")
+    assert list(json.load(open("out.json"))["similarity"]["query"]) == expected
 
 
 def test_layers_that_cannot_be_paired_are_refused(checkpoint, capsys):
