@@ -27,7 +27,7 @@ def main():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     passed = []
     for link in re.findall(r"\]\(([^)h][^)]*)\)", text):
-        passed.append((ROOT / link).is_file())
+        passed.append((ROOT / link).exists())
         if not passed[-1]:
             print("no file", link)
     with tempfile.TemporaryDirectory() as folder:
