@@ -413,33 +413,34 @@ def read(file, init_from, device):
     """(task, method, {name: Target}) of a checkpoint, or of a folder that PEFT wrote."""
     with reading(file):
         task, method, layers = (read_peft if file.is_dir() else read_checkpoint)(file, init_from)
-        stacks, scales, thetas = {}, {}, {}
-        for name, W0, A, B, scale, own_thetas in tqdm(layers, "inverting W0", leave=False, delay=1,
-                                                      disable=None):
-            W0, A, B = (x.double().to(device) for x in (W0, A, B))
-            for what, x in (("W0", W0), ("A", A), ("B", B)):
-                if not x.isfinite().all() or not x.any():
-                    raise ValueError(f"the {what} of {name} is zero, as before training, or not "
-                                     f"finite: it has no subspace to compare")
-            last = name.rpartition(".")[2]
-            stacks.setdefault(last, []).append((name.split(".")[1], W0, A, B, *inverse_of(W0)))
-            scales[last] = scale
-            if any(x is not y for x, y in zip(thetas.setdefault(last, own_thetas), own_thetas)):
-                raise ValueError(f"layers named {last} have different thetas: adapt them under "
-                                 f"one target")
-        targets = {}
-        for last, rows in stacks.items():
-            numbers, *tensors = zip(*rows)
-            if len({tensor.shape for tensor in tensors[0]}) > 1:
-                raise ValueError(f"layers named {last} have weights of different shapes")
-            W0, A, B, *inverse = (torch.stack(column) for column in tensors)
-            double = tuple(theta.double().to(device) for theta in thetas[last])
-            targets[last] = Target(list(numbers), W0, A, B, scales[last], double, *inverse)
+        groups, targets = {}, {}
+        for layer in layers:
+            groups.setdefault(layer[0].rpartition(".")[2], []).append(layer)
+        for name, group in tqdm(groups.items(), "inverting W0", leave=False, delay=1, disable=None):
+            targets[name] = stacked(group, device)
         numbers = {tuple(target.numbers) for target in targets.values()}
         if len(numbers) != 1 or len(numbers.pop()) < 2:
             raise ValueError(f"there are no pairs to compare, unless each target is in the same "
                              f"layers, two or more; it has {describe(targets)}")
     return task, method, targets
+
+
+def stacked(layers, device):
+    """The Target of layers of one name, each (name, W0, A, B, scale, thetas)."""
+    names, *factors, scales, thetas = zip(*layers)
+    W0, A, B = (torch.stack(x).double().to(device) for x in factors)
+    for what, stack in (("W0", W0), ("A", A), ("B", B)):
+        for name, x in zip(names, stack):
+            if not x.isfinite().all() or not x.any():
+                raise ValueError(f"the {what} of {name} is zero, as before training, or not "
+                                 f"finite: it has no subspace to compare")
+    if any(x is not y for own in thetas for x, y in zip(own, thetas[0])):
+        raise ValueError(f"{names[0]} and others of its name have different thetas: adapt them "
+                         f"under one target")
+    inverse, condition, is_exact = inverse_of(W0)
+    return Target([name.split(".")[1] for name in names], W0, A, B, scales[0],
+                  tuple(theta.double().to(device) for theta in thetas[0]),
+                  inverse, condition, is_exact)
 
 
 def read_checkpoint(file, init_from):
