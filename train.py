@@ -330,7 +330,7 @@ def train_and_report(args, ckpt, device):
     if IS_MASTER:
         if not args.eval_only:
             checkpoint.save(ckpt | {"results": scores}, args.out)
-        report(args, model, ckpt, scores, train_labels, device)
+        report(args, model, ckpt, folder, scores, train_labels, device)
 
 
 def predict_or_export(args, ckpt, device):
@@ -363,7 +363,7 @@ def tokenize(splits, folder, model, args, device):
             for name, split in splits.items()}
 
 
-def report(args, model, ckpt, scores, train_labels, device):
+def report(args, model, ckpt, folder, scores, train_labels, device):
     """Print a table: what was trained on what, and how well it does."""
     count = lambda parameters: sum(p.numel() for p in parameters)
     adapter = count(adapter_parameters(model))
@@ -377,7 +377,7 @@ def report(args, model, ckpt, scores, train_labels, device):
                                     for i, name in enumerate(classes))
     rows |= {
         "method": args.method + (f", rank {args.rank}" if adapter else ""),
-        "encoder": ckpt["encoder"]["path"],
+        "encoder": folder.resolve(),
         "trained parameters": f"{trained:,} ({trained / encoder:.2%} of the encoder's "
                               f"{encoder:,}), and the head",
         **{name.replace("_", " "): text_of(values) for name, values in scores.items()},
@@ -517,6 +517,10 @@ def settle(args, device):
         if args.out.exists() and not zipfile.is_zipfile(args.out) and args.out.stat().st_size:
             raise ValueError(f"--out {args.out} is not a checkpoint, and would be replaced: name "
                              f"another file")
+        if args.history and args.history.exists() and args.history.stat().st_size:
+            if not args.history.read_bytes().startswith(b'{"epoch"'):
+                raise ValueError(f"--history {args.history} is another kind of file, and would be "
+                                 f"replaced: name another file")
 
 
 def pick_device(name):

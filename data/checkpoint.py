@@ -16,6 +16,7 @@ A checkpoint is a dict of plain containers and tensors:
 import hashlib
 import io
 import json
+import zipfile
 from pathlib import Path
 
 import torch
@@ -38,6 +39,9 @@ def load(file):
     if not Path(file).is_file():
         raise FileNotFoundError(f"no checkpoint {file}: python train.py writes one")
     with reading(file):
+        # torch.load does not look at the checksums.
+        if not zipfile.is_zipfile(file) or zipfile.ZipFile(file).testzip():
+            raise ValueError("not a checkpoint of train.py, or damaged")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         check(checkpoint)
     return checkpoint
@@ -65,6 +69,9 @@ def check(checkpoint):
     states = [c["weights"], c["last"], *c["optimizer"].values()]
     all_are([dict], *states)
     all_are([torch.Tensor], *(tensor for state in states for tensor in state.values()))
+    for name, tensor in (*c["weights"].items(), *c["last"].items()):
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise ValueError(f"{name:.60} is not of finite numbers")
     for number, epoch in enumerate(history, 1):
         all_are([float], epoch["loss"], epoch["seconds"], *epoch["validation"].values())
         if epoch["epoch"] != number or not epoch["validation"] or not epoch["seconds"] > 0:

@@ -104,6 +104,8 @@ def check_outputs(outputs, inputs):
                 raise ValueError("it is also an input or another output")
             if file.exists() and not file.is_file():
                 raise ValueError("it is not a file")
+            if file.exists() and any(file.parent.glob("*config.json")):
+                raise ValueError("it is part of a model's folder")
             partial_of(file).write_bytes(b"")
             partial_of(file).unlink()
         except (OSError, ValueError) as error:

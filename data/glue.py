@@ -120,9 +120,10 @@ class Task:
         else:
             header = lines.pop(0)[1] if lines else []
         for column in (*self.texts, self.label):
-            if column not in header:
-                raise ValueError(f"no column {column!r} in line 1, which has "
-                                 f"{', '.join(header):.100}")
+            if header.count(column) != 1:
+                number = "two columns" if column in header else "no column"
+                raise ValueError(f"{number} {column!r} in line 1, which has "
+                                 f"{', '.join(map(repr, header)):.80}; tabs separate columns")
         if not lines:
             raise ValueError("it has no rows")
         text_columns = [header.index(name) for name in self.texts]
@@ -143,8 +144,9 @@ class Task:
         """The class id or the score that a label in a file stands for."""
         if self.classes:
             if text not in self.classes:
+                hint = "; for scores add --regression" * look_like_scores(self.classes)
                 raise ValueError(f"line {number}: label {text!r:.40}, expected one of "
-                                 f"{', '.join(self.classes):.100}")
+                                 f"{', '.join(self.classes):.100}{hint}")
             return self.classes.index(text)
         low, high = self.scores
         try:
@@ -191,7 +193,7 @@ def own_task(folder, regression=False):
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found: a task's folder has a train.tsv")
     with reading(file):
-        with open(file, encoding="utf-8-sig") as opened:
+        with open(file, encoding="utf-8-sig", newline="\n") as opened:
             header = opened.readline().rstrip("\r\n").split("\t")
         task = Task(str(folder), ("text",) if "text" in header else ("text1", "text2"), "label", (),
                     correlations if regression else accuracy_and_macro_f1,

@@ -305,6 +305,7 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
         (["--history", "nowhere/log"], "--history nowhere/log cannot be written"),
         (["--history", "ckpt.pt"], "--history ckpt.pt cannot be written: it is also an input or anot"),
         (["--out", "bert/config.json"], "--out bert/config.json cannot be written: it is also an i"),
+        (["--history", "notes.txt"], "--history notes.txt is another kind of file, and would be"),
         (["--out", "notes.txt"], "--out notes.txt is not a checkpoint, and would be replaced"),
         (["--history", "glue/SST-2/dev.tsv"], "--history .* cannot be written: it is also an inpu"),
         (["--out", "bert/pytorch_model.bin"], "pytorch_model.bin cannot be written: it is also an"),
@@ -539,6 +540,8 @@ def test_a_checkpoint_that_does_not_fit_is_said(little, capsys, tmp_path, bert_f
     assert "--dtype bfloat16 contradicts ckpt.pt, trained with float32" in fails(resume, capsys)
     (tmp_path / "bad.pt").write_bytes(before[:1000])
     assert "bad.pt: " in fails(["--eval_only", "bad.pt"], capsys)
+    (tmp_path / "bad.pt").write_bytes(before[:2000] + b"scribble" + before[2008:])
+    assert "or damaged" in fails(["--eval_only", "bad.pt"], capsys)
     moved = tmp_path / "moved"
     bert_folder.rename(moved)
     assert "encoder is not at" in fails(["--eval_only", "ckpt.pt"], capsys)
