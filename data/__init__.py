@@ -1,1 +1,5 @@
-"""Texts (toy, glue, tokenizer, batches) and files (command, checkpoint, peft_format, download)."""
+"""Shelves, each one format or one text.
+
+Texts: toy, glue, pieces, tokenizer, batches. Files: pretrained, peft_format, checkpoint, download,
+picture, command.
+"""

@@ -210,7 +210,7 @@ def find_task(name, regression=False):
     """The Task of a name: "rte", "RTE", "sst2", "SST-2", ..., or of a folder of one's own."""
     task = TASKS.get(name.lower().replace("-", ""))
     if not task and not os.path.isdir(name):  # False also of a name that is too long
-        raise ValueError(f"{name:.100} is neither a folder nor one of {', '.join(TASKS)}")
+        raise ValueError(f"{name!r:.100} is neither a folder nor one of {', '.join(TASKS)}")
     return task or own_task(name, regression)
 
 

@@ -8,8 +8,6 @@ import json
 import math
 from pathlib import Path
 
-import torch
-
 from condlora import AdaptedLinear
 
 from .command import reading, write

@@ -50,10 +50,10 @@ class Picture:
         self.parts.append(f'<polyline fill="none" {paint} stroke-width="{width}"{dashes} '
                           f'points="{path}"/>')
 
-    def legend(self, x, y, low, high, scale=VIRIDIS, length=168):
+    def legend(self, x, y, low, high, length):
         """The scale, with words for its two ends."""
         for step in range(length // 2):
-            self.box(x + 2 * step, y, 2.5, 10, colour(step, 0, length // 2 - 1, scale))
+            self.box(x + 2 * step, y, 2.5, 10, colour(step, 0, length // 2 - 1))
         self.text(x, y + 24, low, 11)
         self.text(x + length, y + 24, high, 11, "end")
 
@@ -95,5 +95,5 @@ def maps(headline, title, table, numbers):
                             colour(value, low, high),
                             f"{name}, layers {numbers[min(a, b)]} and {numbers[max(a, b)]}, "
                             f"{kind}: {value:.4f}")
-        drawing.legend(x, y + size + 24, f"{low:.3f} (random)", f"{high:.3f}", length=size // 2 * 2)
+        drawing.legend(x, y + size + 24, f"{low:.3f} (random)", f"{high:.3f}", size)
     return str(drawing)

@@ -60,7 +60,7 @@ def runs_of(stage, rows):
         runs = [run(*settings) for settings in each(TASKS, METHODS, RATES)]
         runs += [run(task, method, FURTHER[rate(task, method)])
                  for task, method in each(TASKS, METHODS) if rate(task, method) in FURTHER]
-        # Two tasks also show every weight trained, and a rate at which nothing collapses.
+        # For two tasks full fine-tuning as well, at rates of its own.
         return runs + [run(task, "full", lr) for task, lr in each(("mrpc", "rte"),
                                                                  (1e-5, 3e-5, 1e-4))]
     if stage == "seeds":

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from conftest import WORDS, hf_config, hf_state, write_encoder
+from conftest import hf_config, hf_state, write_encoder
 
 import analyze
 import train

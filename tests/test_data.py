@@ -134,7 +134,7 @@ def test_a_missing_file_column_or_task_is_named(tmp_path):
         (tmp_path / "RTE" / "dev.tsv").write_bytes(content)
         with pytest.raises(ValueError, match=words):
             glue.load("rte", tmp_path)
-    with pytest.raises(ValueError, match="xnli is neither a folder nor one of cola, sst2"):
+    with pytest.raises(ValueError, match="xnli. is neither a folder nor one of cola, sst2"):
         glue.load("xnli", tmp_path)
 
 

@@ -278,7 +278,7 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--task", "xnli"], "xnli is neither a folder nor one of cola, sst2"),
+        (["--task", "xnli"], "xnli. is neither a folder nor one of cola, sst2"),
         (["--method", "dora"], "invalid choice: 'dora'"),
         (["--rank", "9"], "rank is 9: for layers.0.attention.query"),
         (["--rank", "0"], "argument --rank: '0' is not a whole number from 1 to"),
@@ -369,7 +369,7 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
     (tmp_path / "texts").write_text(texts[0])
     train.main(["--eval_only", "ckpt.pt", "--predict", "texts", "--device", "cpu"])  # needs no data
     assert capsys.readouterr().out.splitlines() == expected[:1]
-    assert "mine is neither a folder nor" in fails(["--eval_only", "ckpt.pt"], capsys)
+    assert "mine' is neither a folder nor" in fails(["--eval_only", "ckpt.pt"], capsys)
     assert (
         run(["--eval_only", "ckpt.pt", "--task", "moved", "--device", "cpu"], capsys)[0]["test"]
         == table["test"]
