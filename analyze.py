@@ -483,7 +483,7 @@ def run(argv):
         raise FileNotFoundError(f"no checkpoint {file}: python train.py writes one")
     svg = Path(f"{file.resolve()}.svg") if file.is_dir() else file.with_suffix(".svg")
     svg = args.svg or svg
-    check_outputs({"--svg": svg, "--json": args.json}, [file, args.compare])
+    check_outputs({"--svg": (svg, b"<svg"), "--json": (args.json, b'"checkpoint"')})
     task, method, targets = read(file, args.init_from, args.device)
     others = None
     if args.compare:

@@ -27,14 +27,14 @@ import torch.nn.functional as F
 
 
 def convert(M, theta_A, theta_B):
-    """A (r, d_in) and B (d_out, r) from M (d_out, d_in), which is W0 in CondLoRA.
+    """A (r, d_in) and B (d_out, r) from M (d_out, d_in), or from a stack of them (L, d_out, d_in).
 
-    M may be a stack, (L, d_out, d_in). None stands for the identity: the control "tied".
+    M is W0 in CondLoRA; None stands for the identity, the control "tied".
     """
     if M is None:
         return theta_A, theta_B.T
-    # The paper has square M only. Of a rectangular one we take the transpose, which alone gives A
-    # its d_in columns.
+    M = M.to(theta_A.dtype)
+    # The paper has square M only. Of a rectangular one the transpose alone gives A d_in columns.
     square = M.shape[-2] == M.shape[-1]
     A = ((M if square else M.mT) @ theta_A.T).mT
     B = M @ theta_B.T
@@ -53,20 +53,15 @@ class Conversion(nn.Module):
         nn.init.kaiming_uniform_(self.theta_A, a=math.sqrt(5))
 
     def forward(self, M):
-        if M is not None:
-            M = M.to(self.theta_A.dtype)
         return convert(M, self.theta_A, self.theta_B)
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer with a low-rank update; subclasses differ only in factors().
-
-    settings: a dict of adapt's method, targets, rank, alpha and seed.
-    """
+    """A linear layer with a low-rank update; subclasses differ only in factors()."""
 
     def __init__(self, weight, bias, settings):
         super().__init__()
-        self.weight, self.bias, self.settings = weight, bias, settings
+        self.weight, self.bias, self.settings = weight, bias, settings  # a dict: see SETTINGS
         self.out_features, self.in_features = weight.shape
         self.scale = settings["alpha"] / settings["rank"]
         # W0 + dW while the layer is merged. It is not saved in the state dict.
@@ -140,6 +135,7 @@ class CondLoRALinear(AdaptedLinear):
 
 
 METHODS = ("lora", "condlora", "tied", "random")
+SETTINGS = ("method", "targets", "rank", "alpha", "seed")  # adapt's arguments, which layers keep
 
 
 def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.0, seed=0):
@@ -157,8 +153,7 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     linears = find_linears(model, method, targets, rank, alpha)
-    settings = {"method": method, "targets": targets, "rank": int(rank), "alpha": float(alpha),
-                "seed": int(seed)}
+    settings = dict(zip(SETTINGS, (method, targets, int(rank), float(alpha), int(seed))))
     generator = torch.Generator().manual_seed(settings["seed"])
     model.requires_grad_(False)
     adapted, firsts = {}, {}
@@ -180,14 +175,14 @@ def merge(model):
 
     Until unmerge the adapter gets no gradient. After load_state_dict, merge again.
     """
-    for layer in adapted_layers(model):
+    for layer in adapted_layers(model).values():
         layer.merged = (layer.weight + layer.delta()).to(layer.weight.dtype)
     return model
 
 
 def unmerge(model):
     """Drop the cached W0 + dW. W0 itself was never changed, so it is bit-identical."""
-    for layer in adapted_layers(model):
+    for layer in adapted_layers(model).values():
         layer.merged = None
     return model
 
@@ -195,7 +190,7 @@ def unmerge(model):
 def merge_and_unload(model):
     """Turn each adapted layer, in place, into a plain nn.Linear that holds W0 + dW."""
     plain = {}
-    for layer in adapted_layers(merge(model)):
+    for layer in adapted_layers(merge(model)).values():
         plain[layer] = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         plain[layer].weight = nn.Parameter(layer.merged, requires_grad=False)
         plain[layer].bias = layer.bias
@@ -209,12 +204,13 @@ def save_adapter(model, file):
     The file also holds adapt's settings and the adapted layers' names. Raises ValueError if the
     model has no adapter, parts adapted with different settings, or lost a Conversion.
     """
-    every = [layer.settings for layer in adapted_layers(model)]
+    layers = adapted_layers(model)
+    every = [layer.settings for layer in layers.values()]
     if not every or any(settings != every[0] for settings in every):
-        raise ValueError("the model has no adapter" if not every else "parts of the model were "
-                         "adapted with different settings: save the parts one by one")
+        raise ValueError("the model has no adapter, or parts of it were adapted with different "
+                         "settings: save those one by one")
     weights = {name: p.detach().cpu().clone() for name, p in trained_tensors(model).items()}
-    torch.save({"settings": every[0], "layers": layer_names(model), "weights": weights}, file)
+    torch.save({"settings": every[0], "layers": list(layers), "weights": weights}, file)
 
 
 def load_adapter(model, file):
@@ -230,27 +226,27 @@ def load_adapter(model, file):
         saved = torch.load(file, map_location="cpu", weights_only=True)
         if not (isinstance(saved, dict) and {"settings", "layers", "weights"} <= saved.keys()):
             raise ValueError("it was not written by save_adapter or train.py")
-        names = "method", "targets", "rank", "alpha", "seed"
-        settings, weights = {name: saved["settings"][name] for name in names}, saved["weights"]
+        settings, weights = saved["settings"], saved["weights"]
         if not adapted_layers(model):
-            adapt(model, **settings)
+            adapt(model, **{name: settings[name] for name in SETTINGS})
+        layers = adapted_layers(model)
+        first = next(iter(layers.values()))
         theirs = settings | {"layers": saved["layers"]}
-        ours = adapted_layers(model)[0].settings | {"layers": layer_names(model)}
+        ours = first.settings | {"layers": list(layers)}
         # The layers' names say what the targets were; only random's matrices have a seed.
-        for name in ("method", "rank", "alpha", "layers", "seed"):
-            matters = name != "seed" or ours["method"] == "random"
-            if matters and theirs[name] != ours[name]:
+        for name in ("method", "rank", "alpha", "layers", *["seed"] * (ours["method"] == "random")):
+            if theirs[name] != ours[name]:
                 raise ValueError(f"{name} is {theirs[name]!s:.80}, in the model {ours[name]!s:.80}")
         known = {name: p for name, p in model.named_parameters() if name in weights}
         copy_tensors(weights, trained_tensors(model) | known)
-        for parameter in known.values():
-            parameter.requires_grad_(True)
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load alone raises half a dozen types
         reason = str(error).split("\n")[0] if type(error) is ValueError else type(error).__name__
         raise ValueError(f"{file} holds no adapter of this model: {reason:.200}") from error
-    return merge(model) if adapted_layers(model)[0].merged is not None else model
+    for parameter in known.values():
+        parameter.requires_grad_(True)
+    return merge(model) if first.merged is not None else model
 
 
 def copy_tensors(given, parameters):
@@ -264,40 +260,30 @@ def copy_tensors(given, parameters):
         parameter.data.copy_(given[name])
 
 
+def adapted_layers(model):
+    """{name: layer} of the adapted layers, in the model's order."""
+    return {name: module for name, module in model.named_modules()
+            if isinstance(module, AdaptedLinear)}
+
+
 def adapter_parameters(model):
     """The adapter's parameters, each theta once, without the head's.
 
     Raises ValueError if the layer that registers a Conversion is no longer in the model.
     """
-    return list(adapter_tensors(model).values())
-
-
-def adapter_tensors(model):
-    """{name: parameter} of the adapter, each theta once."""
-    modules, tensors = set(model.modules()), {}
-    for name in layer_names(model):
-        layer = model.get_submodule(name)
+    modules, parameters = set(model.modules()), []
+    for name, layer in adapted_layers(model).items():
         if getattr(layer, "conversion", layer) not in modules:
             raise ValueError(f"the theta_A and theta_B of {name} belong to a layer that is no "
                              f"longer in the model: keep the first adapted layer of each target")
-        tensors |= {f"{name}.{last}": p for last, p in layer.named_parameters()
-                    if last not in ("weight", "bias")}
-    return tensors
+        parameters += [p for last, p in layer.named_parameters() if last not in ("weight", "bias")]
+    return parameters
 
 
 def trained_tensors(model):
     """{name: parameter} of the adapter and of everything else that requires a gradient."""
-    rest = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    return adapter_tensors(model) | rest
-
-
-def adapted_layers(model):
-    """Every adapted layer of the model, in its order."""
-    return [module for module in model.modules() if isinstance(module, AdaptedLinear)]
-
-
-def layer_names(model):
-    return [name for name, module in model.named_modules() if isinstance(module, AdaptedLinear)]
+    adapter = set(map(id, adapter_parameters(model)))
+    return {name: p for name, p in model.named_parameters() if p.requires_grad or id(p) in adapter}
 
 
 def replace(model, new):
@@ -330,27 +316,26 @@ def find_linears(model, method, targets, rank, alpha):
     refuse(adapted_layers(model), "the model is already adapted: adapt a fresh one")
     # Quantized layers, subclasses of nn.Linear and transformers' Conv1D (which has nx) may compute
     # something else, or be read instead of called, as the parts of nn.MultiheadAttention are.
-    like_linear = {name: module for name, module in model.named_modules()
-                   if hasattr(module, "in_features") or hasattr(module, "nx")}
+    linears = {name: module for name, module in model.named_modules()
+               if hasattr(module, "in_features") or hasattr(module, "nx")}
+    known = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
+    for target in targets:
+        refuse(not any(target_of(name, [target]) for name in linears),
+               f"no nn.Linear is named {target!r}: the model has {known}")
+    chosen = {name: layer for name, layer in linears.items() if target_of(name, targets)}
     in_fast_path = {part for module in model.modules()
                     if isinstance(module, nn.TransformerEncoderLayer) for part in module.modules()}
-    chosen = {name: module for name, module in like_linear.items() if target_of(name, targets)}
-    for target in targets:
-        known = ", ".join(sorted({name.rpartition(".")[2] for name in like_linear})) or "none"
-        refuse(not any(target_of(name, [target]) for name in chosen),
-               f"no nn.Linear is named {target!r}: the model has {known}")
     for name, layer in chosen.items():
-        refuse(type(layer) is not nn.Linear, f"{name} is a {type(layer).__name__}: only plain "
-                                             f"nn.Linear layers can be adapted")
-        refuse("weight" not in layer._parameters, f"the weight of {name} is computed by a hook "
-                                                  f"(spectral_norm, prune): remove that first")
-        d_out, d_in = layer.weight.shape
-        refuse(not (isinstance(rank, Integral) and 1 <= rank <= min(d_out, d_in)),
+        refuse(type(layer) is not nn.Linear,
+               f"{name} is a {type(layer).__name__}: only plain nn.Linear layers can be adapted")
+        refuse(layer in in_fast_path, f"{name} is part of an nn.TransformerEncoderLayer, whose "
+                                      f"fast path in eval mode ignores the adapter")
+        refuse("weight" not in layer._parameters,
+               f"the weight of {name} is computed by a hook (spectral_norm): remove that first")
+        dtype, (d_out, d_in) = layer.weight.dtype, layer.weight.shape
+        refuse(not dtype.is_floating_point, f"the weight of {name} is {dtype}, not floating point")
+        refuse(not isinstance(rank, Integral) or not 1 <= rank <= min(d_out, d_in),
                f"rank is {rank}: for {name} it must be an int from 1 to {min(d_out, d_in)}")
         refuse(method in ("tied", "random") and d_out != d_in,
                f"{name} is not square: method {method} is for square weights only")
-        refuse(not layer.weight.is_floating_point(),
-               f"the weight of {name} is {layer.weight.dtype}, not floating point")
-        refuse(layer in in_fast_path, f"{name} is part of an nn.TransformerEncoderLayer, whose "
-                                      f"fast path in eval mode ignores the adapter")
     return chosen

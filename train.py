@@ -18,9 +18,6 @@ import math
 import os
 import sys
 import time
-import zipfile
-from contextlib import nullcontext
-from glob import glob
 from pathlib import Path
 
 # cuBLAS sums in the same order each time only with this.
@@ -36,7 +33,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from condlora import (METHODS, adapt, adapted_layers, adapter_parameters, convert, copy_tensors,
-                      layer_names, trained_tensors, unmerge)
+                      trained_tensors, unmerge)
 from data import checkpoint, glue, peft_format, pretrained, tokenizer, toy
 from data.batches import Encoded, by_width, shuffled
 from data.command import between, check_outputs, one_line, parser_of, reading
@@ -232,15 +229,9 @@ def build(args, model):
     return model
 
 
-def naming_checkpoint(args):
-    """Errors in this block name the checkpoint that --resume or --eval_only reads, if any."""
-    source = args.resume or args.eval_only
-    return reading(source) if source else nullcontext()
-
-
 def load_model(args, ckpt, n_out, device):
     """(the encoder's folder, the model); of a checkpoint, with its best epoch's weights."""
-    with naming_checkpoint(args):
+    with reading(args.resume or args.eval_only):
         folder = find_encoder(args, ckpt, device)
         torch.manual_seed(args.seed)
         model = build(args, pretrained.load(folder, n_out)).to(device)
@@ -281,7 +272,9 @@ def toy_encoder(args, device):
 def run(argv):
     args, ckpt = arguments(argv)
     device = pick_device(args.device)
-    be_deterministic(device)
+    if device.type != "mps":  # the same seed, the same results; a few percent of a step on CUDA
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
     if PROCESSES > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     settle(args, device)
@@ -295,7 +288,7 @@ def run(argv):
 
 def train_and_report(args, ckpt, device):
     """Train, print the scores and write them to the checkpoint; with --eval_only, print only."""
-    with naming_checkpoint(args):
+    with reading(args.resume or args.eval_only):
         splits, classes, metrics = load_task(args)
     kind = {"classes": list(classes), "n_texts": len(splits["train"].texts[0])}
     if ckpt and {name: ckpt[name] for name in kind} != kind:
@@ -314,14 +307,16 @@ def train_and_report(args, ckpt, device):
     train_labels = splits["train"].labels
     if args.eval_only:
         del splits["train"]
-    data = tokenize(splits, folder, model, args, device)
+    tok = load_tokenizer(folder, model, ckpt)
+    data = encode(splits, tok, model, args, device)
     if not ckpt:
         settings = {name: str(value) if isinstance(value, Path) else value
                     for name, value in vars(args).items() if name not in NOT_KEPT}
-        encoder = {"path": str(folder.resolve()), "sha256": checkpoint.sha256(folder)}
+        encoder = {"path": str(folder.resolve()), "sha256": checkpoint.sha256(folder),
+                   "tokenizer": tok.sha256()}
         ckpt = {"task": args.task, **kind, "settings": settings, "data": data_sha256,
-                "encoder": encoder, "config": vars(model.config), "layers": layer_names(model),
-                "history": []}
+                "encoder": encoder, "config": vars(model.config),
+                "layers": list(adapted_layers(model)), "history": []}
     if not args.eval_only:
         train(model, forward, data, metrics, args, ckpt)
         copy_tensors(ckpt["weights"], trained_tensors(model))  # of the best epoch
@@ -343,7 +338,7 @@ def predict_or_export(args, ckpt, device):
         return
     lines = {"lines": glue.read_lines(args.predict, ckpt["n_texts"])}
     forward = prepare(model, args, device)
-    data = tokenize(lines, folder, model, args, device)
+    data = encode(lines, load_tokenizer(folder, model, ckpt), model, args, device)
     for logits in outputs_of(model, forward, data["lines"], args.batch_size):
         if classes:
             probability, label = logits.softmax(0).max(0)
@@ -352,14 +347,21 @@ def predict_or_export(args, ckpt, device):
             print(f"{logits[0]:.4f}")
 
 
-def tokenize(splits, folder, model, args, device):
-    """{name: Encoded split}"""
-    tok, config = tokenizer.load(folder), model.config
-    if tok.vocab_size > config.vocab_size:
+def load_tokenizer(folder, model, ckpt):
+    """The encoder's tokenizer. Raises ValueError if the model was trained with another."""
+    tok = tokenizer.load(folder)
+    if tok.vocab_size > model.config.vocab_size:
         raise ValueError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, "
-                         f"the model {config.vocab_size}")
-    max_len = min(args.max_len, config.max_len)
-    return {name: Encoded(split, tok, max_len, device, config.type_vocab_size)
+                         f"the model {model.config.vocab_size}")
+    if ckpt and ckpt["encoder"].get("tokenizer", tok.sha256()) != tok.sha256():
+        raise ValueError(f"{folder}: the tokenizer has changed since the checkpoint was trained")
+    return tok
+
+
+def encode(splits, tok, model, args, device):
+    """{name: Encoded split}"""
+    max_len = min(args.max_len, model.config.max_len)
+    return {name: Encoded(split, tok, max_len, device, model.config.type_vocab_size)
             for name, split in splits.items()}
 
 
@@ -508,19 +510,7 @@ def settle(args, device):
             raise ValueError(f"--targets {target:.40} is not a linear layer of the encoder: "
                              f"use {', '.join(TARGETS)}")
     if IS_MASTER and not args.eval_only:
-        names = [args.init_from] if args.init_from else []
-        folders = [folder / name for name in names for folder in (Path(), DATA / "models")]
-        patterns = [f"{args.task}/*.tsv", f"{args.data_dir}/*/*.tsv",
-                    *(f"{folder}/*" for folder in folders)]
-        inputs = [file for pattern in patterns for file in glob(pattern)]
-        check_outputs({"--out": args.out, "--history": args.history}, inputs)
-        if args.out.exists() and not zipfile.is_zipfile(args.out) and args.out.stat().st_size:
-            raise ValueError(f"--out {args.out} is not a checkpoint, and would be replaced: name "
-                             f"another file")
-        if args.history and args.history.exists() and args.history.stat().st_size:
-            if not args.history.read_bytes().startswith(b'{"epoch"'):
-                raise ValueError(f"--history {args.history} is another kind of file, and would be "
-                                 f"replaced: name another file")
+        check_outputs({"--out": (args.out, b"data.pkl"), "--history": (args.history, b'{"epoch"')})
 
 
 def pick_device(name):
@@ -534,13 +524,6 @@ def pick_device(name):
     if name.startswith("cuda:"):
         torch.cuda.set_device(name)  # streams and graphs are the current device's
     return torch.device(name)
-
-
-def be_deterministic(device):
-    """The same seed gives the same results, for a few percent of a step's time on CUDA."""
-    if device.type != "mps":
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def main(argv=None):
@@ -577,7 +560,7 @@ def narrow_frozen_weights(model):
 
     What trains stays float32, and so does W0, to which an update is added.
     """
-    W0 = {id(layer.weight) for layer in adapted_layers(model)}
+    W0 = {id(layer.weight) for layer in adapted_layers(model).values()}
     for p in model.parameters():
         if not p.requires_grad and id(p) not in W0:
             p.data = p.data.to(torch.bfloat16)
@@ -592,7 +575,7 @@ def with_summed_weights(model, dtype):
     through which gradients reach A and B.
     """
     stacks = {}  # the layers of one shape, and of one conversion if any
-    for layer in adapted_layers(model):
+    for layer in adapted_layers(model).values():
         key = layer.weight.shape, getattr(layer, "conversion", None)
         stacks.setdefault(key, []).append(layer)
     groups = []

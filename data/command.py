@@ -61,14 +61,15 @@ def reading(file):
     """Whatever goes wrong in this block is one ValueError that names `file`.
 
     It quotes the first line of the error, after its type unless that is ValueError, in at most 200
-    characters. FileNotFoundError passes, and so does a ValueError that names the file already.
+    characters. FileNotFoundError passes, and so does a ValueError that names the file already; if
+    `file` is None, everything.
     """
     try:
         yield
     except FileNotFoundError:
         raise
     except Exception as error:
-        if type(error) is ValueError and str(file) in str(error):
+        if file is None or (type(error) is ValueError and str(file) in str(error)):
             raise
         reason, kind = (str(error).splitlines() or [""])[0], type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch.load's text advises to run its code
@@ -90,22 +91,26 @@ def write(file, data):
         raise OSError(f"{file} cannot be written: {error.strerror}") from None
 
 
-def check_outputs(outputs, inputs):
-    """Raise ValueError now if `write` could not write one of {option: file or None} later.
+def check_outputs(outputs):
+    """Raise ValueError now if `write` could not write one of {option: (file or None, mark)} later.
 
-    Or if a file is named twice, among the outputs and the files `inputs`.
+    A file that exists is replaced if it is empty or of the same kind: its first 100 bytes contain
+    `mark`. Files of a pretrained model's folder are never replaced.
     """
-    taken = {Path(file).resolve() for file in inputs if file}
-    for option, file in outputs.items():
+    taken = set()
+    for option, (file, mark) in outputs.items():
         if not file:
             continue
         try:
             if file.resolve() in taken:
-                raise ValueError("it is also an input or another output")
+                raise ValueError("it is another output, too")
             if file.exists() and not file.is_file():
                 raise ValueError("it is not a file")
             if file.exists() and any(file.parent.glob("*config.json")):
                 raise ValueError("it is part of a model's folder")
+            start = open(file, "rb").read(100) if file.exists() else b""
+            if start and mark not in start:
+                raise ValueError("it exists, and is another kind of file")
             partial_of(file).write_bytes(b"")
             partial_of(file).unlink()
         except (OSError, ValueError) as error:

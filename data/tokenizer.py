@@ -7,6 +7,7 @@ data/pieces.py has the algorithms, WordPiece and byte-level BPE; here are what s
 how a folder is read.
 """
 
+import hashlib
 import json
 import re
 from functools import lru_cache
@@ -26,6 +27,7 @@ class Tokenizer:
 
     def __init__(self, algorithm, added, ids, special, template, truncate_left):
         self.algorithm, self.template, self.truncate_left = algorithm, template, truncate_left
+        self.vocab = ids
         self.unk_id, self.cls_id, self.sep_id, self.pad_id, self.mask_id = (
             ids[special[name]] for name in ("unk", "cls", "sep", "pad", "mask"))
         self.vocab_size = max(ids.values()) + 1
@@ -38,6 +40,12 @@ class Tokenizer:
         self.find_written, self.find_normalized = finder(self.written), finder(self.normalized)
         # Words repeat. A cache for each tokenizer; a decorator's would be shared.
         self.ids_of_word = lru_cache(maxsize=1 << 18)(algorithm.ids_of_word)
+
+    def sha256(self):
+        """SHA-256 of the vocabulary and the rules, the same from vocab.txt or tokenizer.json."""
+        rules = [item for item in vars(self.algorithm).items() if item[0] != "vocab"]
+        everything = sorted(self.vocab.items()), rules, self.template, self.truncate_left
+        return hashlib.sha256(repr(everything).encode(errors="replace")).hexdigest()
 
     def ids(self, text):
         """Token ids of a text, without the special tokens around it."""

@@ -405,7 +405,9 @@ def test_a_mistake_gets_one_line_and_exit_status_2(checkpoint, capsys, tmp_path,
     )
     assert "--device tpu is not available: use" in fails(capsys, lora, "--device", "tpu")
     assert "invalid choice: 'top'" in fails(capsys, lora, "--side", "top")
-    assert "--json x cannot be written: it is also an input or another output" in fails(capsys, lora, "--svg", "x", "--json", "./x")
+    assert "--json x cannot be written: it is another output, too" in fails(
+        capsys, lora, "--svg", "x", "--json", "./x"
+    )
     for option in ("--svg", "--json"):
         assert f"{option} lora.pt cannot be written" in fails(capsys, "lora.pt", option, "lora.pt")
     for name, change in (("zero", lambda w: w.zero_()), ("nan", lambda w: w.fill_(float("nan")))):

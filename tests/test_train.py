@@ -229,6 +229,18 @@ def test_a_run_is_not_resumed_with_other_rows(little, capsys, tmp_path):
     run(["--resume", "old.pt"], capsys)
 
 
+def test_a_checkpoint_is_not_used_with_another_vocabulary(little, capsys, bert_folder):
+    """The weights are the same, so their SHA-256 does not tell."""
+    run(little, capsys)
+    vocab = bert_folder / "vocab.txt"
+    words = vocab.read_text().split("\n")
+    vocab.write_text("\n".join([*words[:-3], words[-2], words[-3], words[-1]]))
+    for option in ("--resume", "--eval_only"):
+        assert "the tokenizer has changed" in fails([option, "ckpt.pt"], capsys)
+    vocab.write_text("\n".join(words))
+    run(["--eval_only", "ckpt.pt"], capsys)
+
+
 def test_a_full_or_head_checkpoint_is_not_taken_for_an_adapter(little, capsys, bert_folder):
     for method in ("full", "head"):
         run([*little, "--method", method], capsys)
@@ -303,12 +315,12 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
         (["--out", "/dev/full"], "--out /dev/full cannot be written: it is not a file"),
         (["--out", "a" * 252 + ".pt"], "cannot be written: File name too long"),
         (["--history", "nowhere/log"], "--history nowhere/log cannot be written"),
-        (["--history", "ckpt.pt"], "--history ckpt.pt cannot be written: it is also an input or anot"),
-        (["--out", "bert/config.json"], "--out bert/config.json cannot be written: it is also an i"),
-        (["--history", "notes.txt"], "--history notes.txt is another kind of file, and would be"),
-        (["--out", "notes.txt"], "--out notes.txt is not a checkpoint, and would be replaced"),
-        (["--history", "glue/SST-2/dev.tsv"], "--history .* cannot be written: it is also an inpu"),
-        (["--out", "bert/pytorch_model.bin"], "pytorch_model.bin cannot be written: it is also an"),
+        (["--history", "ckpt.pt"], "--history ckpt.pt cannot be written: it is another output, too"),
+        (["--out", "bert/config.json"], "--out bert/config.json cannot be written: it is part of"),
+        (["--history", "notes.txt"], "--history notes.txt cannot be written: it exists, and is anoth"),
+        (["--out", "notes.txt"], "--out notes.txt cannot be written: it exists, and is another k"),
+        (["--history", "glue/SST-2/dev.tsv"], "--history .* cannot be written: it exists, and is "),
+        (["--out", "bert/pytorch_model.bin"], "pytorch_model.bin cannot be written: it is part of"),
         (["--method", "tied", "--targets", "fc1"], "layers.0.fc1 is not square: method tied is fo"),
         (["--device", "cpu:"], "--device cpu: is not available"),
     ],
