@@ -122,54 +122,49 @@ class Target(NamedTuple):
         """How many singular vectors A and B have."""
         return min(*self.A.shape[1:], *self.B.shape[1:])
 
+    @property
+    def factors(self):
+        return {"A": self.A.mT, "B": self.B}  # (L, d, r) both
 
-def untrained(target, rng):
-    """The target with untrained factors; CondLoRA's come from one untrained theta."""
-    if target.thetas:
-        A, B = convert(target.W0, *untrained_factors(*target.thetas, rng))
-    else:
-        A, B = untrained_factors(target.A, target.B, rng)
-    return target._replace(A=A, B=B)
+    @property
+    def conversions(self):
+        return conversion_matrices(self.W0, self.A, self.B, self.inverse)
 
+    @property
+    def compared(self):
+        """What the main table compares: LoRA's conversion matrices, or CondLoRA's A^T and B."""
+        return self.factors if self.thetas else self.conversions
 
-def untrained_factors(A, B, rng):
-    """New A and B of these shapes: A uniform as adapt has it, B Gaussian (zero has no span)."""
-    bound = 1 / math.sqrt(A.shape[-1])
-    new_A = torch.empty(A.shape, dtype=torch.float64).uniform_(-bound, bound, generator=rng)
-    return new_A.to(A.device), gaussian(B.shape, rng).to(B.device)
+    def untrained(self, rng):
+        """The same layers with new factors; CondLoRA's come from one new pair of thetas.
 
-
-def gaussian(shape, rng):
-    return torch.randn(shape, generator=rng, dtype=torch.float64)
-
-
-def conversions_of(target):
-    return conversion_matrices(target.W0, target.A, target.B, target.inverse)
-
-
-def compared_matrices(target):
-    """{"A": (L, d, r), "B": (L, d, r)}: LoRA's conversion matrices, or CondLoRA's A^T and B."""
-    return factors_of(target) if target.thetas else conversions_of(target)
+        A is uniform, as adapt has it; B is Gaussian, since zero spans nothing.
+        """
+        A, B = self.thetas or (self.A, self.B)
+        bound = 1 / math.sqrt(A.shape[-1])
+        new_A = torch.empty(A.shape, dtype=torch.float64).uniform_(-bound, bound, generator=rng)
+        A, B = new_A.to(A.device), gaussian(B.shape, rng, B.device)
+        return self._replace(**dict(zip("AB", convert(self.W0, A, B) if self.thetas else (A, B))))
 
 
-def factors_of(target):
-    return {"A": target.A.mT, "B": target.B}
+def gaussian(shape, rng, device):
+    return torch.randn(shape, generator=rng, dtype=torch.float64).to(device)
 
 
 # The figures -------------------------------------------------------------------------------------
 
 def similarity_maps(matrices, A, i, j, side):
-    """{"A", "B", "BA": phi of every two layers, (L, L)}; each matrix is decomposed once.
+    """{"A", "B", "BA": phi of every two layers, (L, L)}, where BA is matrices["B"] @ A.
 
-    BA is matrices["B"] @ A.
+    A map is left out if its phi is 1 by definition, i or j directions being all there are; and BA's
+    if it is B's again, since all of BA's left singular vectors span what B's do.
     """
-    left, _, right = thin_svd(matrices["B"], A)
-    vectors = {
-        "A": singular_vectors(matrices["A"], side),
-        "B": singular_vectors(matrices["B"], side),
-        "BA": left if side == "left" else right,
-    }
-    return {name: phi(X[:, None], X[None], i, j) for name, X in vectors.items()}
+    left, S, right = thin_svd(matrices["B"], A)
+    vectors = {name: singular_vectors(matrices[name], side) for name in "AB"}
+    if not (side == "left" and i == j == S.shape[-1]):
+        vectors["BA"] = left if side == "left" else right
+    return {name: phi(X[:, None], X[None], i, j) for name, X in vectors.items()
+            if max(i, j) < X.shape[-2]}
 
 
 def similarity(target, i, j, side):
@@ -181,35 +176,33 @@ def similarity(target, i, j, side):
     z           of trained, in sd of the control
     raw         of A^T, B and B A themselves; raw_random, raw_z: as above, against Gaussian ones
 
-    Rows in which phi is 1 by definition are left out, since i or j directions are all there are;
-    and BA's if i and j are the rank, since B has the same left vectors.
+    Raises ValueError if no row is left.
     """
-    rng = torch.Generator().manual_seed(0)
-    phis = lambda matrices, A: similarity_maps(matrices, A, i, j, side)
-    noise = lambda matrices: {name: gaussian(x.shape, rng).to(x.device)
-                              for name, x in matrices.items()}
-    compared, factors = compared_matrices(target), factors_of(target)
-    trained, raw = phis(compared, target.A), phis(factors, target.A)
-    controls, randoms, raw_randoms = [], [], []
+    rng, device = torch.Generator().manual_seed(0), target.W0.device
+    maps_of = lambda matrices, A: similarity_maps(matrices, A, i, j, side)
+    noise = lambda matrices: {name: gaussian(x.shape, rng, device) for name, x in matrices.items()}
+    z_score = lambda value, baseline: (value - baseline[0]) / baseline[1]
+    compared, factors = target.compared, target.factors
+    trained, raw = maps_of(compared, target.A), maps_of(factors, target.A)
+    if not trained:
+        raise ValueError(f"with --i {i} --j {j} phi is 1 by definition: these are all the "
+                         f"directions there are; choose less")
+    draws = {"control": [], "random": [], "raw_random": []}
     for _ in tqdm(range(DRAWS), "drawing baselines", leave=False, delay=1, disable=None):
-        control = untrained(target, rng)
-        controls.append(phis(compared_matrices(control), control.A))
-        other_A = gaussian(target.A.shape, rng).to(target.A.device)
-        randoms.append(phis(noise(compared), other_A))
-        raw_randoms.append(phis(noise(factors), other_A))
-    lengths = {name: X.shape[1] if side == "left" else X.shape[2] for name, X in compared.items()}
-    lengths["BA"] = lengths["B"] if side == "left" else target.A.shape[2]
-    if i == j == target.rank and side == "left":
-        del lengths["BA"]
+        control = target.untrained(rng)
+        draws["control"].append(maps_of(control.compared, control.A))
+        A = gaussian(target.A.shape, rng, device)
+        draws["random"].append(maps_of(noise(compared), A))
+        draws["raw_random"].append(maps_of(noise(factors), A))
     rows = {}
-    for name in (name for name, length in lengths.items() if max(i, j) < length):
-        baseline = lambda draws: mean_and_deviation(mean_of_pairs(x[name]) for x in draws)
-        row = {"trained": mean_of_pairs(trained[name]), "control": baseline(controls),
-               "random": baseline(randoms), "raw": mean_of_pairs(raw[name]),
-               "raw_random": baseline(raw_randoms)}
-        row |= {"z": z_score(row["trained"], row["control"]),
-                "raw_z": z_score(row["raw"], row["raw_random"]), "map": trained[name].tolist(),
-                "control_map": torch.stack([x[name] for x in controls]).mean(0).tolist()}
+    for name in trained:
+        row = {"trained": mean_of_pairs(trained[name]), "raw": mean_of_pairs(raw[name])}
+        for kind, drawn in draws.items():
+            row[kind] = mean_and_deviation(mean_of_pairs(maps[name]) for maps in drawn)
+        row["z"] = z_score(row["trained"], row["control"])
+        row["raw_z"] = z_score(row["raw"], row["raw_random"])
+        row["map"] = trained[name].tolist()
+        row["control_map"] = torch.stack([maps[name] for maps in draws["control"]]).mean(0).tolist()
         rows[name] = row
     return rows
 
@@ -225,12 +218,6 @@ def mean_and_deviation(values):
     return values.mean().item(), values.std().item()
 
 
-def z_score(value, baseline):
-    mean, deviation = baseline
-    # Where phi is 1 by definition, rounding is all the deviation there is.
-    return (value - mean) / deviation if deviation > 1e-9 else 0.0
-
-
 def comparison(one, two, i, j):
     """{matrix: phi between two adapters' layers, mean over layers, and its baselines}.
 
@@ -238,18 +225,18 @@ def comparison(one, two, i, j):
     singular vectors are compared, which are A^T's left ones; of the others the left.
     """
     rng = torch.Generator().manual_seed(2)
-    matrices_of = lambda target: factors_of(target) | {
-        f"C_{name}": C for name, C in conversions_of(target).items() if name != "BA"}
+    matrices_of = lambda target: target.factors | {
+        f"C_{name}": C for name, C in target.conversions.items() if name != "BA"}
 
     def mean_phi(X, Y):  # (L, d, r) both
         return phi(singular_vectors(X, "left"), singular_vectors(Y, "left"), i, j).mean().item()
 
     matrices, others = matrices_of(one), matrices_of(two)
-    controls = [[matrices_of(untrained(target, rng)) for target in (one, two)]
+    controls = [[matrices_of(target.untrained(rng)) for target in (one, two)]
                 for _ in range(DRAWS)]
     rows = {}
     for name, X in matrices.items():
-        pairs = (gaussian((2, *X.shape), rng) for _ in range(DRAWS))
+        pairs = (gaussian((2, *X.shape), rng, X.device) for _ in range(DRAWS))
         rows[name] = {"phi": mean_phi(X, others[name]),
                       "random": mean_and_deviation(mean_phi(*pair) for pair in pairs)}
         if name.startswith("C_"):
@@ -268,7 +255,7 @@ def amplification(target):
     U, S, V = thin_svd(target.scale * target.B, target.A)
     along = lambda U, V: (U.mT @ target.W0 @ V).flatten(1).norm(dim=1)
     L, d_out, d_in = target.W0.shape
-    basis = lambda d: torch.linalg.qr(gaussian((L, d, S.shape[1]), rng))[0].to(S.device)
+    basis = lambda d: torch.linalg.qr(gaussian((L, d, S.shape[1]), rng, S.device))[0]
     random = sum(along(basis(d_out), basis(d_in)) for _ in range(DRAWS)) / DRAWS
     return {"own": (S.norm(dim=1) / along(U, V)).nan_to_num().tolist(),
             "random": (S.norm(dim=1) / random).nan_to_num().tolist()}
@@ -276,7 +263,7 @@ def amplification(target):
 
 def theta_deviation(target):
     """How far all layers' conversion matrices are from theta^T, relative to theta's largest."""
-    C = conversions_of(target)
+    C = target.conversions
     return max(((C[name] - theta.T).abs().max() / theta.abs().max()).item()
                for name, theta in zip("AB", target.thetas))
 
@@ -297,6 +284,7 @@ def analyze(targets, others, i, j, side):
             tables["compare"] = comparison(target, others[name], i, j)
         for table, value in tables.items():
             result.setdefault(table, {})[name] = value
+    result["verdict"] = verdict(result["similarity"], "theta" in result)
     return result
 
 
@@ -308,52 +296,32 @@ def flat(table):
             for name, row in rows.items()]
 
 
-def findings(table):
-    """Lists of rows: "same" and "shared" by construction, "more" and "less" similar than the
-    control by 3 sd, and "raw", where A or B themselves are more similar than random."""
-    rows = dict(flat(table))
-    same = [name for name, row in rows.items() if row["trained"] > 0.99]
-    shared = [name for name, row in rows.items() if row["raw"] > 0.99]
-    return {"same": same, "shared": shared,
-            "more": [name for name, row in rows.items() if row["z"] > 3 and name not in same],
-            "less": [name for name, row in rows.items() if row["z"] < -3],
-            "raw": [name for name, row in rows.items()
-                    if row["raw_z"] > 3 and name not in shared]}
-
-
-def headline(table):
-    """The finding in a sentence, for the picture."""
-    found = findings(table)
-    if found["same"]:
-        return "All layers have the same conversion matrices, by construction"
-    parts = [f"{what} similar: {', '.join(found[what])}"
-             for what in ("more", "less") if found[what]]
-    if not parts:
-        return "Training adds no similarity: trained and untrained layers are equally similar"
-    return f"Trained layers and untrained ones compared: {'; '.join(parts)}"
-
-
 def verdict(table, is_condlora):
-    """What training makes similar and what it does not, in a few sentences."""
-    found = {what: ", ".join(names) for what, names in findings(table).items()}
+    """What training makes similar and what it does not: sentences, the finding first."""
+    names = lambda holds: ", ".join(name for name, row in flat(table) if holds(row))
+    same = "" if is_condlora else names(lambda row: row["trained"] > 0.99)
+    shared = names(lambda row: row["raw"] > 0.99)
+    more = names(lambda row: row["z"] > 3 and row["trained"] <= 0.99)
+    less = names(lambda row: row["z"] < -3)
+    raw = names(lambda row: row["raw_z"] > 3 and row["raw"] <= 0.99)
     lines = []
-    if found["same"] and not is_condlora:
-        lines.append(f"{found['same']}: the conversion matrices are the same in all layers. That "
-                     f"is how CondLoRA makes A and B, not something training found.")
-    if found["shared"]:
-        lines.append(f"{found['shared']}: all layers share one factor, by construction.")
-    if found["more"]:
-        lines.append(f"Beyond the control by more than 3 sd: {found['more']}. All other "
-                     f"similarity comes from W0.")
-    elif not found["same"]:
-        lines.append("No row exceeds its control by 3 sd: no similarity beyond what W0 produces.")
-    if found["less"]:
-        lines.append(f"Less similar than the control by more than 3 sd: {found['less']}.")
+    if same:
+        lines += [f"All layers have the same conversion matrices, by construction: {same}.",
+                  "That is how CondLoRA makes A and B, not something training found."]
+    if more:
+        lines += [f"Beyond the control by more than 3 sd: {more}.",
+                  "All other similarity comes from W0."]
+    elif not same:
+        lines += ["No row exceeds its control by 3 sd: no similarity beyond what W0 produces."]
+    if less:
+        lines += [f"Less similar than the control by more than 3 sd: {less}."]
+    if shared:
+        lines += [f"All layers share one factor, by construction: {shared}."]
     if not is_condlora:
-        lines.append("A and B themselves, without W0^-1, are " + (
-            f"more similar than random by more than 3 sd in: {found['raw']}." if found["raw"]
-            else "no more similar than random."))
-    return "\n".join(lines)
+        lines += ["A and B themselves, without W0^-1, are " + (
+            f"more similar than random by more than 3 sd in: {raw}." if raw else
+            "no more similar than random.")]
+    return lines
 
 
 def print_tables(result, file, compared_file, level, verbose):
@@ -381,7 +349,7 @@ def print_tables(result, file, compared_file, level, verbose):
             for name, row in flat(result["similarity"])]
     columns = 5 if is_condlora else 7  # CondLoRA's last two would be its first again
     show(header[:columns], [row[:columns] for row in rows])
-    print(verdict(result["similarity"], is_condlora) + "\n")
+    print("\n".join(result["verdict"]) + "\n")
     if verbose:
         print("Each layer's condition number, and its amplification |dW| / |U'W0 V|: how much dW "
               "adds along\nits own directions U, V, or along random ones, relative to what W0 has "
@@ -413,11 +381,11 @@ def read(file, init_from, device):
     """(task, method, {name: Target}) of a checkpoint, or of a folder that PEFT wrote."""
     with reading(file):
         task, method, layers = (read_peft if file.is_dir() else read_checkpoint)(file, init_from)
-        groups, targets = {}, {}
+        groups = {}
         for layer in layers:
             groups.setdefault(layer[0].rpartition(".")[2], []).append(layer)
-        for name, group in tqdm(groups.items(), "inverting W0", leave=False, delay=1, disable=None):
-            targets[name] = stacked(group, device)
+        bar = tqdm(groups.items(), "inverting W0", leave=False, delay=1, disable=None)
+        targets = {name: stacked(group, device) for name, group in bar}
         numbers = {tuple(target.numbers) for target in targets.values()}
         if len(numbers) != 1 or len(numbers.pop()) < 2:
             raise ValueError(f"there are no pairs to compare, unless each target is in the same "
@@ -497,12 +465,8 @@ def run(argv):
         raise ValueError(f"--i {i} --j {j}: A and B of rank {rank} have 1 to {rank} singular "
                          f"vectors")
     result = analyze(targets, others, i, j, args.side)
-    if not all(result["similarity"].values()):
-        raise ValueError(f"with --i {i} --j {j} phi is 1 by definition: these are all the "
-                         f"directions there are; choose less")
     title = f"{Path(task).name}, {method} rank {rank}, i = {i}, j = {j}, {args.side} vectors"
-    write(svg, maps(headline(result["similarity"]), title, result["similarity"],
-                    result["layers"]).encode())
+    write(svg, maps(result["verdict"][0], title, result["similarity"], result["layers"]).encode())
     if args.json:
         settings = {"checkpoint": str(file), "task": task, "method": method, "i": i, "j": j,
                     "side": args.side}

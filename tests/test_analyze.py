@@ -240,9 +240,10 @@ def test_condloras_factors_are_compared_with_untrained_thetas_through_the_same_w
 
 
 def test_untrained_factors_are_kaiming_uniform_and_gaussian():
-    A, B = analyze.untrained_factors(
-        torch.empty(50, 400), torch.empty(400, 50), torch.Generator().manual_seed(0)
-    )
+    shapes = {"A": torch.empty(2, 50, 400), "B": torch.empty(2, 400, 50)}
+    target = analyze.Target([], None, *shapes.values(), 1.0, (), None, None, None)
+    target = target.untrained(torch.Generator().manual_seed(0))
+    A, B = target.A, target.B
     assert (
         0.99 / 20 < A.abs().max() <= 1 / 20
     )  # uniform within 1 / sqrt(fan_in), so its deviation is
@@ -371,7 +372,7 @@ def test_rectangular_targets_are_marked_as_least_squares(checkpoint, capsys):
 
 def test_the_verdict_names_what_is_beyond_its_control_and_what_is_the_same_by_construction():
     row = lambda **changes: {"trained": 0.1, "z": 0.0, "raw": 0.1, "raw_z": 0.0} | changes
-    say = lambda **rows: analyze.verdict({"value": rows}, is_condlora=False)
+    say = lambda **rows: " ".join(analyze.verdict({"value": rows}, is_condlora=False))
     assert "No row exceeds its control by 3 sd" in say(A=row(z=2.9))
     assert "no more similar than random" in say(A=row(z=2.9))
     text = say(A=row(z=3.1), B=row(z=-4.0, raw_z=20.0))
@@ -379,13 +380,14 @@ def test_the_verdict_names_what_is_beyond_its_control_and_what_is_the_same_by_co
     assert "more similar than random by more than 3 sd in: value B." in text
     assert "That is how CondLoRA makes A and B" in say(A=row(trained=1.0, z=165.0))
     assert "Beyond the control" not in say(A=row(trained=1.0, z=165.0))
-    assert "all layers share one factor" in say(A=row(raw=1.0, raw_z=99.0))
+    assert "All layers share one factor" in say(A=row(raw=1.0, raw_z=99.0))
 
 
 def test_an_exported_condlora_is_known_for_what_it_is(checkpoint, capsys, tmp_path, bert_folder):
     train.main(["--eval_only", str(checkpoint("condlora")), "--export", str(tmp_path / "peft")])
     out = run(capsys, tmp_path / "peft", "--init_from", bert_folder)
-    assert "query A, query B, value A, value B: the conversion matrices are the same in all" in out
+    finding = "All layers have the same conversion matrices, by construction: query A, query B,"
+    assert finding in out and finding in (tmp_path / "peft.svg").read_text()
 
 
 def test_a_mistake_gets_one_line_and_exit_status_2(checkpoint, capsys, tmp_path, bert_folder):
