@@ -209,12 +209,31 @@ def text_of(scores):
 
 # The task and the model --------------------------------------------------------------------------
 
-def load_task(args):
-    """(splits, names of the classes or () for scores, metrics(predictions, labels))"""
-    if args.task in toy.TASKS:
-        return toy.load(args.task), ("0", "1"), glue.accuracy
-    task = glue.find_task(args.task, args.regression)
-    return task.load(args.data_dir), task.classes, task.metrics
+def load_task(args, ckpt):
+    """(splits, metrics(predictions, labels), what a checkpoint says of them)
+
+    Raises ValueError if the checkpoint `ckpt` is of another kind of task, or is to be resumed and
+    has seen other rows.
+    """
+    file = args.resume or args.eval_only
+    with reading(file):
+        if args.task in toy.TASKS:
+            splits, classes, metrics = toy.load(args.task), ("0", "1"), glue.accuracy
+        else:
+            task = glue.find_task(args.task, args.regression)
+            splits, classes, metrics = task.load(args.data_dir), task.classes, task.metrics
+    about = {"task": args.task, "classes": list(classes), "n_texts": len(splits["train"].texts[0]),
+             "data": checkpoint.data_sha256(splits)}
+    if ckpt and any(ckpt[name] != about[name] for name in ("classes", "n_texts")):
+        raise ValueError(f"{file} was trained on {ckpt['n_texts']} texts a row and the classes "
+                         f"{', '.join(ckpt['classes']):.60}; {args.task} has others")
+    if args.resume and ckpt.get("data", about["data"]) != about["data"]:
+        raise ValueError(f"{file} was trained on other rows than {args.task} has now: resume with "
+                         f"the same data, or train anew")
+    if IS_MASTER and os.path.isabs(args.task) and glue.look_like_scores(classes):
+        print(f"the labels are {len(classes)} different numbers: if they are scores, add "
+              f"--regression")
+    return splits, metrics, about
 
 
 def build(args, model):
@@ -230,16 +249,22 @@ def build(args, model):
 
 
 def load_model(args, ckpt, n_out, device):
-    """(the encoder's folder, the model); of a checkpoint, with its best epoch's weights."""
+    """(the encoder's folder, its tokenizer, the model with the best epoch's weights if trained)"""
     with reading(args.resume or args.eval_only):
         folder = find_encoder(args, ckpt, device)
+        tok = tokenizer.load(folder)
         torch.manual_seed(args.seed)
         model = build(args, pretrained.load(folder, n_out)).to(device)
+        if tok.vocab_size > model.config.vocab_size:
+            raise ValueError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, the model "
+                             f"{model.config.vocab_size}")
         if ckpt:
-            if vars(model.config) != ckpt["config"]:
-                raise ValueError(f"{folder / 'config.json'} has changed since it was trained")
+            tokenizer_sha256 = ckpt["encoder"].get("tokenizer", tok.sha256())
+            if vars(model.config) != ckpt["config"] or tok.sha256() != tokenizer_sha256:
+                raise ValueError(f"config.json or the tokenizer in {folder} has changed since it "
+                                 f"was trained")
             copy_tensors(ckpt["weights"], trained_tensors(model))
-    return folder, model
+    return folder, tok, model
 
 
 def find_encoder(args, ckpt, device):
@@ -288,35 +313,20 @@ def run(argv):
 
 def train_and_report(args, ckpt, device):
     """Train, print the scores and write them to the checkpoint; with --eval_only, print only."""
-    with reading(args.resume or args.eval_only):
-        splits, classes, metrics = load_task(args)
-    kind = {"classes": list(classes), "n_texts": len(splits["train"].texts[0])}
-    if ckpt and {name: ckpt[name] for name in kind} != kind:
-        raise ValueError(f"{args.resume or args.eval_only} was trained on {ckpt['n_texts']} texts "
-                         f"a row and the classes {', '.join(ckpt['classes']):.60}; {args.task} has "
-                         f"others")
-    if IS_MASTER and os.path.isabs(args.task) and glue.look_like_scores(classes):
-        print(f"the labels are {len(classes)} different numbers: if they are scores, add "
-              f"--regression")
-    data_sha256 = checkpoint.data_sha256(splits)
-    if args.resume and ckpt.get("data", data_sha256) != data_sha256:
-        raise ValueError(f"{args.resume} was trained on other rows than {args.task} has now: "
-                         f"resume with the same data, or train anew")
-    folder, model = load_model(args, ckpt, len(classes) or 1, device)
+    splits, metrics, about = load_task(args, ckpt)
+    folder, tok, model = load_model(args, ckpt, len(about["classes"]) or 1, device)
     forward = prepare(model, args, device)
     train_labels = splits["train"].labels
     if args.eval_only:
         del splits["train"]
-    tok = load_tokenizer(folder, model, ckpt)
     data = encode(splits, tok, model, args, device)
     if not ckpt:
         settings = {name: str(value) if isinstance(value, Path) else value
                     for name, value in vars(args).items() if name not in NOT_KEPT}
         encoder = {"path": str(folder.resolve()), "sha256": checkpoint.sha256(folder),
                    "tokenizer": tok.sha256()}
-        ckpt = {"task": args.task, **kind, "settings": settings, "data": data_sha256,
-                "encoder": encoder, "config": vars(model.config),
-                "layers": list(adapted_layers(model)), "history": []}
+        ckpt = about | {"settings": settings, "encoder": encoder, "config": vars(model.config),
+                        "layers": list(adapted_layers(model)), "history": []}
     if not args.eval_only:
         train(model, forward, data, metrics, args, ckpt)
         copy_tensors(ckpt["weights"], trained_tensors(model))  # of the best epoch
@@ -331,31 +341,20 @@ def train_and_report(args, ckpt, device):
 def predict_or_export(args, ckpt, device):
     """Export a checkpoint's model, or print what it predicts."""
     classes = ckpt["classes"]
-    folder, model = load_model(args, ckpt, len(classes) or 1, device)
+    folder, tok, model = load_model(args, ckpt, len(classes) or 1, device)
     if args.export:
         peft_format.export(model, folder, args.export)
         print(f"saved to {args.export}")
         return
     lines = {"lines": glue.read_lines(args.predict, ckpt["n_texts"])}
     forward = prepare(model, args, device)
-    data = encode(lines, load_tokenizer(folder, model, ckpt), model, args, device)
+    data = encode(lines, tok, model, args, device)
     for logits in outputs_of(model, forward, data["lines"], args.batch_size):
         if classes:
             probability, label = logits.softmax(0).max(0)
             print(f"{classes[label]}\t{probability:.4f}")
         else:
             print(f"{logits[0]:.4f}")
-
-
-def load_tokenizer(folder, model, ckpt):
-    """The encoder's tokenizer. Raises ValueError if the model was trained with another."""
-    tok = tokenizer.load(folder)
-    if tok.vocab_size > model.config.vocab_size:
-        raise ValueError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, "
-                         f"the model {model.config.vocab_size}")
-    if ckpt and ckpt["encoder"].get("tokenizer", tok.sha256()) != tok.sha256():
-        raise ValueError(f"{folder}: the tokenizer has changed since the checkpoint was trained")
-    return tok
 
 
 def encode(splits, tok, model, args, device):

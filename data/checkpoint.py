@@ -1,17 +1,4 @@
-"""Checkpoints: what train.py writes, and train.py, analyze.py and condlora.load_adapter read.
-
-A checkpoint is a dict of plain containers and tensors:
-
-    task, classes, n_texts    the task's name, its classes (none: a regression), sentences a row
-    settings                  train.py's options, by name
-    data                      SHA-256 of the training and validation texts and labels
-    encoder, config           its folder ("path") and its weights' "sha256"; model.Config's fields
-    layers                    the names of the adapted layers
-    history, best_epoch       of each epoch: "epoch", "loss", "seconds", "validation" metrics
-    weights                   {name: tensor} of all that trains, of the best epoch
-    last, optimizer           the same of the last epoch and AdamW's state, to resume
-    results                   {split: metrics}, once training has ended
-"""
+"""Checkpoints: what train.py writes, and train.py, analyze.py and condlora.load_adapter read."""
 
 import hashlib
 import io
@@ -20,11 +7,29 @@ import zipfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from condlora import copy_tensors, trained_tensors
 
 from .command import reading, write
 from .pretrained import weights_file
+
+# The entries of a checkpoint. It may have two more: "data", the SHA-256 of the training and
+# validation texts and labels, and, once training has ended, "results": {split: metrics}.
+FORMAT = {
+    "task": str,  # its name or its folder
+    "classes": [str],  # none: a regression
+    "n_texts": int,  # sentences a row
+    "settings": {"method": str, "targets": [str], "rank": int, "seed": int, "regression": bool},
+    "encoder": {"path": str, "sha256": str},  # the folder, its weights; also "tokenizer"
+    "config": dict,  # model.Config's fields
+    "layers": [str],  # the names of the adapted layers
+    "history": [{"epoch": int, "loss": float, "seconds": float, "validation": {str: float}}],
+    "best_epoch": int,
+    "weights": {str: Tensor},  # all that trains, of the best epoch
+    "last": {str: Tensor},  # the same of the last epoch, to resume
+    "optimizer": {int: {str: Tensor}},  # AdamW's state
+}
 
 
 def save(checkpoint, file):
@@ -48,36 +53,31 @@ def load(file):
 
 
 def check(checkpoint):
-    """Raise TypeError or ValueError now if an entry is of a type that would fail later."""
-    def all_are(kinds, *values):
-        for value in values:
-            if type(value) not in kinds:
-                raise TypeError(f"not a checkpoint of train.py: {value!r:.60} is not of type "
-                                f"{kinds[0].__name__}")
-
-    if not isinstance(checkpoint, dict) or "history" not in checkpoint:
-        raise ValueError("not a checkpoint of train.py")
-    c, settings, history = checkpoint, checkpoint["settings"], checkpoint["history"]
-    all_are([dict], settings, c["config"], c["encoder"], c["weights"], c["last"], c["optimizer"])
-    all_are([list], history, c["classes"], c["layers"], settings["targets"])
-    all_are([str], c["task"], settings["method"], c["encoder"]["path"], *c["encoder"].values(),
-            *c["classes"], *c["layers"], *settings["targets"], *settings)
-    all_are([int], c["n_texts"], settings["rank"], settings["seed"])
-    all_are([bool], settings["regression"])
-    all_are([str, int, float, bool, type(None)],
-            *(value for name, value in settings.items() if name != "targets"))
-    states = [c["weights"], c["last"], *c["optimizer"].values()]
-    all_are([dict], *states)
-    all_are([torch.Tensor], *(tensor for state in states for tensor in state.values()))
-    for name, tensor in (*c["weights"].items(), *c["last"].items()):
+    """Raise ValueError now if an entry would fail later."""
+    for name, kind in FORMAT.items():
+        if not fits(checkpoint, {name: kind}):
+            raise ValueError(f"not a checkpoint of train.py: {name!r} is missing or damaged")
+    for name, tensor in (*checkpoint["weights"].items(), *checkpoint["last"].items()):
         if not (tensor.is_floating_point() and tensor.isfinite().all()):
             raise ValueError(f"{name:.60} is not of finite numbers")
+    history = checkpoint["history"]
     for number, epoch in enumerate(history, 1):
-        all_are([float], epoch["loss"], epoch["seconds"], *epoch["validation"].values())
         if epoch["epoch"] != number or not epoch["validation"] or not epoch["seconds"] > 0:
             raise ValueError(f"its history is damaged at epoch {number}")
-    if c["best_epoch"] not in range(1, len(history) + 1):
+    if checkpoint["best_epoch"] not in range(1, len(history) + 1):
         raise ValueError("its best epoch is not one of its history's")
+
+
+def fits(value, kind):
+    """Whether a value has the types of FORMAT: a type, [of each], {name: its} or {type: its}."""
+    if isinstance(kind, type):
+        return type(value) is kind
+    if isinstance(kind, list):
+        return type(value) is list and all(fits(item, kind[0]) for item in value)
+    return type(value) is dict and all(
+        name in value and fits(value[name], its) if isinstance(name, str) else
+        all(fits(key, name) and fits(item, its) for key, item in value.items())
+        for name, its in kind.items())
 
 
 def sha256(folder):

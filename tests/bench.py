@@ -239,9 +239,9 @@ def bench_epoch(args, device, results):
     results["epoch"] = []
     print(f"\n{'one epoch with its evaluation, batch 16':45}first s  second s  examples/s (second)")
     for task in ("cola", "stsb"):
-        splits, classes, metrics = train.load_task(options(task=task, data_dir=args.data_dir))
+        about, splits = glue.TASKS[task], glue.load(task, args.data_dir)
         tok = tokenizer.load(args.init_from)
-        common = args, device, splits, tok, len(classes) or 1, metrics
+        common = args, device, splits, tok, len(about.classes) or 1, about.metrics
         rows = {}
         if transformers:
             rows["transformers + PEFT LoRA, eager"] = lambda: peer_epochs(*common)
@@ -317,7 +317,7 @@ def peer_epochs(args, device, splits, tok, n_out, metrics):
 
 def bench_cpu(args, device, results):
     """The same batches of RTE, by turns, in float32."""
-    splits, classes, _ = train.load_task(options(task="rte", data_dir=args.data_dir))
+    splits = glue.load("rte", args.data_dir)
     data = Encoded(splits["train"], tokenizer.load(args.init_from), 128, device)
     batches = data.batches(shuffled(data.widths, 16, 0)[:14])
     current = [batches[0]]
@@ -330,12 +330,12 @@ def bench_cpu(args, device, results):
 
     steps = {}
     if transformers:
-        peer = peer_model(args.init_from, len(classes))
+        peer = peer_model(args.init_from, 2)
         steps["transformers + PEFT LoRA"] = peer_step(peer, device, batch)
     for method in ("lora", "condlora"):
         settings = options(method=method, dtype="float32")
         torch.manual_seed(0)
-        model = train.build(settings, pretrained.load(args.init_from, len(classes))).train()
+        model = train.build(settings, pretrained.load(args.init_from, 2)).train()
         step = our_training_step(model, model, data, settings)
         steps[f"train.py {method}"] = lambda step=step: step(*current[0])
     seconds = {label: [] for label in steps}

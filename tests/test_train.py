@@ -236,7 +236,7 @@ def test_a_checkpoint_is_not_used_with_another_vocabulary(little, capsys, bert_f
     words = vocab.read_text().split("\n")
     vocab.write_text("\n".join([*words[:-3], words[-2], words[-3], words[-1]]))
     for option in ("--resume", "--eval_only"):
-        assert "the tokenizer has changed" in fails([option, "ckpt.pt"], capsys)
+        assert "the tokenizer in " in fails([option, "ckpt.pt"], capsys)
     vocab.write_text("\n".join(words))
     run(["--eval_only", "ckpt.pt"], capsys)
 
@@ -514,8 +514,8 @@ def test_a_rank_that_cannot_be_is_said_before_the_toy_encoder_is_pretrained(monk
     [
         (lambda c: c["settings"].update(rank=50), "rank is 50"),
         (lambda c: c["settings"].update(lr="x"), "--lr: 'x' is not a number"),
-        (lambda c: c["settings"].update(epochs=[2]), "[2] is not of type str"),
-        (lambda c: c["config"].update(num_attention_heads=4), "config.json has changed since"),
+        (lambda c: c["settings"].update(epochs=[2]), "--epochs: '[2]' is not a"),
+        (lambda c: c["config"].update(num_attention_heads=4), "config.json or the tokenizer in "),
         (lambda c: c["weights"].popitem(), "is missing"),
         (lambda c: c["last"].update(x=torch.ones(1)), "x is (1,), in the model missing"),
         (
@@ -524,8 +524,8 @@ def test_a_rank_that_cannot_be_is_said_before_the_toy_encoder_is_pretrained(monk
         ),
         (lambda c: c["history"][0].update(epoch=2), "its history is damaged at epoch 1"),
         (lambda c: c["history"][0].update(validation={}), "its history is damaged at epoch 1"),
-        (lambda c: c.update(config=[]), "[] is not of type dict"),
-        (lambda c: c.pop("encoder"), "KeyError: 'encoder'"),
+        (lambda c: c.update(config=[]), "'config' is missing or damaged"),
+        (lambda c: c.pop("encoder"), "'encoder' is missing or damaged"),
     ],
 )
 def test_a_checkpoint_that_is_wrong_inside_is_refused_in_one_line(little, capsys, change, words):
