@@ -150,7 +150,7 @@ class Task:
             return self.classes.index(text)
         low, high = self.scores
         try:
-            score = float(text)
+            score = float(text.replace("_", "?"))  # Python would read 1_0 as ten
         except ValueError:
             score = math.nan
         if not low <= score <= high:
@@ -195,15 +195,15 @@ def own_task(folder, regression=False):
     with reading(file):
         with open(file, encoding="utf-8-sig", newline="\n") as opened:
             header = opened.readline().rstrip("\r\n").split("\t")
+        if "text" in header and "text1" in header:
+            raise ValueError("line 1 has the columns text and text1: name one text, or two")
         task = Task(str(folder), ("text",) if "text" in header else ("text1", "text2"), "label", (),
                     correlations if regression else accuracy_and_macro_f1,
                     ("dev",) if (folder / "dev.tsv").is_file() else (), (-1e15, 1e15))
-        if regression:
-            return task
-        classes = sorted({label for _, _, label in task.rows(file)})
-        if len(classes) < 2:
-            raise ValueError(f"it has one label only, {classes[0]!r:.40}")
-    return replace(task, classes=tuple(classes))
+        labels = sorted({label for _, _, label in task.rows(file)})
+        if len(labels) < 2:
+            raise ValueError(f"it has one label only, {labels[0]!r:.40}")
+    return task if regression else replace(task, classes=tuple(labels))
 
 
 def find_task(name, regression=False):

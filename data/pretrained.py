@@ -162,7 +162,8 @@ def weights_file(path):
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (Path(path) / name).is_file():
             return Path(path) / name
-    raise FileNotFoundError(f"{path} has neither model.safetensors nor pytorch_model.bin")
+    raise FileNotFoundError(f"{path} has neither model.safetensors nor pytorch_model.bin; weights "
+                            f"in several files are not read")
 
 
 DTYPES = {

@@ -286,6 +286,7 @@ def test_accuracy_and_macro_f1_are_scikit_learns():
         (["a\t1", "b"], None, "text\tlabel", "train.tsv: line 3: 1 columns, expected 2"),
         (["a\t1", "b\tc\t2"], None, "text\tlabel", "train.tsv: line 3: 3 columns, expected 2"),
         (["a\t1"], None, "sentence\tlabel", "no column 'text1' in line 1"),
+        (["a\tb\tc\t1"], None, "text\ttext1\ttext2\tlabel", "name one text, or two"),
         ([], None, "text\tlabel", "train.tsv: it has no rows"),
         (["a\t1", "b\t "], None, "text\tlabel", "train.tsv: line 3: the label is empty"),
     ],
@@ -298,8 +299,13 @@ def test_a_file_of_ones_own_that_is_wrong_is_named_with_its_line(
 
 
 def test_a_regression_label_that_is_no_number_is_named(tmp_path):
-    with pytest.raises(ValueError, match="train.tsv: line 3: score 'x', expected a number"):
-        glue.own_task(write_own(tmp_path / "mine", ["a\t1.5", "b\tx"]), regression=True).load("")
+    for text in ("x", "1_0"):
+        folder = write_own(tmp_path / text, ["a\t1.5", f"b\t{text}"])
+        with pytest.raises(ValueError, match=f"line 3: score '{text}', expected a number"):
+            glue.own_task(folder, regression=True).load("")
+    folder = write_own(tmp_path / "same", ["a\t1.5", "b\t1.5"])
+    with pytest.raises(ValueError, match="one label only, '1.5'"):
+        glue.own_task(folder, regression=True)
 
 
 def test_a_file_of_one_row_leaves_nothing_to_train_on(tmp_path):
