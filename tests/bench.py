@@ -401,7 +401,8 @@ def main():
     device, results = torch.device("cuda" if torch.cuda.is_available() else "cpu"), {}
     if not transformers:
         print("transformers and peft are not installed: only this project's rows")
-    train.be_deterministic(device)  # as train.py runs; the peers run with it, too
+    torch.use_deterministic_algorithms(True)  # as train.py runs; the peers run with it, too
+    torch.utils.deterministic.fill_uninitialized_memory = False
     if device.type == "cuda" and "step" in args.only:
         bench_step(args, device, results)
     if device.type == "cuda" and "epoch" in args.only and args.init_from:
