@@ -10,6 +10,8 @@ arXiv:2403.14946, section 3), compared by the subspace similarity phi of the LoR
 
 LoRA:     the conversion matrices of every two layers. The control, which the paper lacks, is
           untrained A and B through the same W0^-1: it tells what W0 does by itself.
+With the default --i and --j, the rank, C_BA has no row: its left vectors span what C_B's do.
+
 CondLoRA: with square W0 every layer has the same conversion matrices, the thetas. The question is
           reversed: how similar are A and B, made by one theta from different W0? The control is
           untrained thetas.
@@ -23,7 +25,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from condlora import AdaptedLinear, convert, load_adapter
+from condlora import adapt, adapted_layers, convert, load_adapter
 from data import checkpoint, peft_format, pretrained
 from data.command import check_outputs, one_line, parser_of, reading, write
 from data.picture import maps
@@ -107,7 +109,7 @@ def phi(X, Y, i, j):
 class Target(NamedTuple):
     """The L adapted layers of one name ("query"), as stacks in float64."""
 
-    numbers: list  # of the layers in the encoder
+    numbers: list  # of the layers in the encoder, as text: "0", "1", ...
     W0: torch.Tensor  # (L, d_out, d_in)
     A: torch.Tensor  # (L, r, d_in)
     B: torch.Tensor  # (L, d_out, r)
@@ -140,11 +142,13 @@ class Target(NamedTuple):
 
         A is uniform, as adapt has it; B is Gaussian, since zero spans nothing.
         """
-        A, B = self.thetas or (self.A, self.B)
-        bound = 1 / math.sqrt(A.shape[-1])
-        new_A = torch.empty(A.shape, dtype=torch.float64).uniform_(-bound, bound, generator=rng)
-        A, B = new_A.to(A.device), gaussian(B.shape, rng, B.device)
-        return self._replace(**dict(zip("AB", convert(self.W0, A, B) if self.thetas else (A, B))))
+        old_A, old_B = self.thetas or (self.A, self.B)
+        bound = 1 / math.sqrt(old_A.shape[-1])
+        A = torch.empty(old_A.shape, dtype=torch.float64).uniform_(-bound, bound, generator=rng)
+        A, B = A.to(old_A.device), gaussian(old_B.shape, rng, old_B.device)
+        if self.thetas:  # then these are thetas, and make the factors
+            A, B = convert(self.W0, A, B)
+        return self._replace(A=A, B=B)
 
 
 def gaussian(shape, rng, device):
@@ -179,15 +183,19 @@ def similarity(target, i, j, side):
     Raises ValueError if no row is left.
     """
     rng, device = torch.Generator().manual_seed(0), target.W0.device
-    maps_of = lambda matrices, A: similarity_maps(matrices, A, i, j, side)
-    noise = lambda matrices: {name: gaussian(x.shape, rng, device) for name, x in matrices.items()}
-    z_score = lambda value, baseline: (value - baseline[0]) / baseline[1]
+
+    def maps_of(matrices, A):
+        return similarity_maps(matrices, A, i, j, side)
+
+    def noise(matrices):  # Gaussian matrices of these shapes
+        return {name: gaussian(x.shape, rng, device) for name, x in matrices.items()}
+
     compared, factors = target.compared, target.factors
     trained, raw = maps_of(compared, target.A), maps_of(factors, target.A)
     if not trained:
         raise ValueError(f"with --i {i} --j {j} phi is 1 by definition: these are all the "
                          f"directions there are; choose less")
-    draws = {"control": [], "random": [], "raw_random": []}
+    draws = {"control": [], "random": [], "raw_random": []}  # of maps_of
     for _ in tqdm(range(DRAWS), "drawing baselines", leave=False, delay=1, disable=None):
         control = target.untrained(rng)
         draws["control"].append(maps_of(control.compared, control.A))
@@ -198,11 +206,11 @@ def similarity(target, i, j, side):
     for name in trained:
         row = {"trained": mean_of_pairs(trained[name]), "raw": mean_of_pairs(raw[name])}
         for kind, drawn in draws.items():
-            row[kind] = mean_and_deviation(mean_of_pairs(maps[name]) for maps in drawn)
+            row[kind] = mean_and_deviation(mean_of_pairs(phis[name]) for phis in drawn)
         row["z"] = z_score(row["trained"], row["control"])
         row["raw_z"] = z_score(row["raw"], row["raw_random"])
         row["map"] = trained[name].tolist()
-        row["control_map"] = torch.stack([maps[name] for maps in draws["control"]]).mean(0).tolist()
+        row["control_map"] = torch.stack([phis[name] for phis in draws["control"]]).mean(0).tolist()
         rows[name] = row
     return rows
 
@@ -216,6 +224,11 @@ def mean_of_pairs(square):
 def mean_and_deviation(values):
     values = torch.tensor(list(values), dtype=torch.float64)
     return values.mean().item(), values.std().item()
+
+
+def z_score(value, baseline):
+    mean, deviation = baseline
+    return (value - mean) / deviation
 
 
 def comparison(one, two, i, j):
@@ -236,7 +249,7 @@ def comparison(one, two, i, j):
                 for _ in range(DRAWS)]
     rows = {}
     for name, X in matrices.items():
-        pairs = (gaussian((2, *X.shape), rng, X.device) for _ in range(DRAWS))
+        pairs = (gaussian((2, *X.shape), rng, X.device) for _ in range(DRAWS))  # of stacks
         rows[name] = {"phi": mean_phi(X, others[name]),
                       "random": mean_and_deviation(mean_phi(*pair) for pair in pairs)}
         if name.startswith("C_"):
@@ -299,9 +312,9 @@ def flat(table):
 def verdict(table, is_condlora):
     """What training makes similar and what it does not: sentences, the finding first."""
     names = lambda holds: ", ".join(name for name, row in flat(table) if holds(row))
-    same = "" if is_condlora else names(lambda row: row["trained"] > 0.99)
-    shared = names(lambda row: row["raw"] > 0.99)
-    more = names(lambda row: row["z"] > 3 and row["trained"] <= 0.99)
+    is_same = lambda row: not is_condlora and row["trained"] > 0.99 and row["z"] > 3
+    same, shared = names(is_same), names(lambda row: row["raw"] > 0.99)
+    more = names(lambda row: row["z"] > 3 and not is_same(row))
     less = names(lambda row: row["z"] < -3)
     raw = names(lambda row: row["raw_z"] > 3 and row["raw"] <= 0.99)
     lines = []
@@ -317,10 +330,11 @@ def verdict(table, is_condlora):
         lines += [f"Less similar than the control by more than 3 sd: {less}."]
     if shared:
         lines += [f"All layers share one factor, by construction: {shared}."]
-    if not is_condlora:
-        lines += ["A and B themselves, without W0^-1, are " + (
-            f"more similar than random by more than 3 sd in: {raw}." if raw else
-            "no more similar than random.")]
+    if raw and not is_condlora:
+        lines += [f"A and B themselves, without W0^-1, are more similar than random by more than "
+                  f"3 sd in: {raw}."]
+    elif not (shared or is_condlora):
+        lines += ["A and B themselves, without W0^-1, are no more similar than random."]
     return lines
 
 
@@ -331,15 +345,17 @@ def print_tables(result, file, compared_file, level, verbose):
     if inexact:
         print(f"rectangular or singular, so least squares: {', '.join(inexact)}")
     for name, deviation in result.get("theta", {}).items():
-        print(f"{name}: every layer's conversion matrices are theta^T, to {deviation:.0e}")
+        if name not in inexact:
+            print(f"{name}: every layer's conversion matrices are theta^T, to {deviation:.0e}")
     print()
     if "compare" in result:
-        print(f"Similarity of {file} to {compared_file}, layer by layer (mean \u03c6)")
+        print(f"Similarity of {file} to {compared_file}, layer by layer\n(mean \u03c6 of left "
+              f"singular vectors)")
         show(["", "between the two", "control (untrained)", "random"],
              [[name, f"{row['phi']:.4f}", plus_minus(row.get("control")), plus_minus(row["random"])]
               for name, row in flat(result["compare"])])
     is_condlora = "theta" in result
-    what = "A and B, made by one theta" if is_condlora else "conversion matrices"
+    what = "A and B, made by one pair of thetas" if is_condlora else "conversion matrices"
     print(f"Subspace similarity \u03c6 between layers of {what}\n(0 orthogonal, 1 identical, "
           f"{level} for unrelated): mean over pairs of layers")
     header = ["", "trained", "control (untrained)", "z-score", "random", "\u03c6 of A and B",
@@ -351,7 +367,7 @@ def print_tables(result, file, compared_file, level, verbose):
     show(header[:columns], [row[:columns] for row in rows])
     print("\n".join(result["verdict"]) + "\n")
     if verbose:
-        print("Each layer's condition number, and its amplification |dW| / |U'W0 V|: how much dW "
+        print("Each layer's condition number, and its amplification |dW| / |U^T W0 V|: how much dW "
               "adds along\nits own directions U, V, or along random ones, relative to what W0 has "
               "there")
         show(["layer", "condition", "own directions", "random directions"],
@@ -380,65 +396,67 @@ def plus_minus(pair):
 def read(file, init_from, device):
     """(task, method, {name: Target}) of a checkpoint, or of a folder that PEFT wrote."""
     with reading(file):
-        task, method, layers = (read_peft if file.is_dir() else read_checkpoint)(file, init_from)
-        groups = {}
-        for layer in layers:
-            groups.setdefault(layer[0].rpartition(".")[2], []).append(layer)
+        task, model = (read_peft if file.is_dir() else read_checkpoint)(file, init_from)
+        groups = {}  # {"query": {"layers.0.attention.query": layer, ...}, ...}
+        for name, layer in adapted_layers(model).items():
+            groups.setdefault(name.rpartition(".")[2], {})[name] = layer
         bar = tqdm(groups.items(), "inverting W0", leave=False, delay=1, disable=None)
-        targets = {name: stacked(group, device) for name, group in bar}
+        targets = {name: stacked(layers, device) for name, layers in bar}
         numbers = {tuple(target.numbers) for target in targets.values()}
         if len(numbers) != 1 or len(numbers.pop()) < 2:
-            raise ValueError(f"there are no pairs to compare, unless each target is in the same "
-                             f"layers, two or more; it has {describe(targets)}")
-    return task, method, targets
+            raise ValueError(f"each target must be adapted in the same layers, at least two; here "
+                             f"it is {describe(targets)}")
+    return task, layer.settings["method"], targets
 
 
 def stacked(layers, device):
-    """The Target of layers of one name, each (name, W0, A, B, scale, thetas)."""
-    names, *factors, scales, thetas = zip(*layers)
-    W0, A, B = (torch.stack(x).double().to(device) for x in factors)
-    for what, stack in (("W0", W0), ("A", A), ("B", B)):
-        for name, x in zip(names, stack):
+    """The Target of {name: adapted layer}, of one name in different layers of the encoder."""
+    def stack(what, matrices):
+        for name, x in zip(layers, matrices):
             if not x.isfinite().all() or not x.any():
                 raise ValueError(f"the {what} of {name} is zero, as before training, or not "
                                  f"finite: it has no subspace to compare")
-    if any(x is not y for own in thetas for x, y in zip(own, thetas[0])):
-        raise ValueError(f"{names[0]} and others of its name have different thetas: adapt them "
-                         f"under one target")
-    inverse, condition, is_exact = inverse_of(W0)
-    return Target([name.split(".")[1] for name in names], W0, A, B, scales[0],
-                  tuple(theta.double().to(device) for theta in thetas[0]),
-                  inverse, condition, is_exact)
+        return torch.stack(matrices).double().to(device)
+
+    first, *others = layers.values()
+    W0 = stack("W0", [layer.weight for layer in layers.values()])
+    A, B = (stack(*x) for x in zip("AB", zip(*(layer.factors() for layer in layers.values()))))
+    conversion = getattr(first, "conversion", None)
+    if any(getattr(layer, "conversion", None) is not conversion for layer in others):
+        raise ValueError(f"{', '.join(layers):.100} have different thetas: adapt them under one "
+                         f"target")
+    thetas = (conversion.theta_A, conversion.theta_B) if conversion else ()
+    return Target([name.split(".")[1] for name in layers], W0, A, B, first.scale,
+                  tuple(theta.double().to(device) for theta in thetas), *inverse_of(W0))
 
 
 def read_checkpoint(file, init_from):
-    """(task, method, [(name, W0, A, B, scale, thetas) of each adapted layer])"""
+    """(task, adapted model)"""
     ckpt = checkpoint.load(file)
     method = ckpt["settings"]["method"]
     if method not in ("lora", "condlora"):
         raise ValueError(f"nothing to analyze in --method {method:.20}: train with --method lora "
                          f"or condlora")
     folder = checkpoint.verified_encoder(ckpt, init_from)
-    model = load_adapter(pretrained.load(folder, len(ckpt["classes"]) or 1), file).double()
-    # Every CondLoRALinear of a target has the same Conversion.
-    thetas_of = lambda layer: tuple(layer.conversion.parameters()) if method == "condlora" else ()
-    layers = [(name, layer.weight, *layer.factors(), layer.scale, thetas_of(layer))
-              for name, layer in model.named_modules() if isinstance(layer, AdaptedLinear)]
-    return ckpt["task"], method, layers
+    model = pretrained.load(folder, len(ckpt["classes"]) or 1)
+    return ckpt["task"], load_adapter(model, file).double()
 
 
 def read_peft(folder, init_from):
-    """The same of a folder."""
+    """The same, from a folder that PEFT wrote."""
     if not init_from:
         raise ValueError("a folder is read as PEFT's adapter: say where its encoder is with "
                          "--init_from")
     model = pretrained.load(init_from)
-    layers = [(name, model.get_submodule(name).weight, *A_B_scale, ())
-              for name, A_B_scale in peft_format.read(folder, model).items()
-              if name.startswith("layers.")]  # a head has no second layer to compare
-    if not layers:
+    factors = {name: A_B_scale for name, A_B_scale in peft_format.read(folder, model).items()
+               if name.startswith("layers.")}  # a head has no second layer to compare
+    if not factors:
         raise ValueError("it adapts no layer of the encoder")
-    return folder.resolve().name, "lora", layers
+    A, _, scale = next(iter(factors.values()))
+    adapt(model, "lora", list(factors), rank=len(A), alpha=scale * len(A)).double()
+    for name, layer in adapted_layers(model).items():
+        layer.A.data, layer.B.data = (x.double() for x in factors[name][:2])
+    return folder.resolve().name, model
 
 
 def run(argv):
@@ -462,8 +480,7 @@ def run(argv):
     rank = min(target.rank for target in targets.values())
     i, j = (rank if k is None else k for k in (args.i, args.j))
     if not (1 <= i <= rank and 1 <= j <= rank):
-        raise ValueError(f"--i {i} --j {j}: A and B of rank {rank} have 1 to {rank} singular "
-                         f"vectors")
+        raise ValueError(f"--i {i} --j {j}: both must be from 1 to the rank, {rank}")
     result = analyze(targets, others, i, j, args.side)
     title = f"{Path(task).name}, {method} rank {rank}, i = {i}, j = {j}, {args.side} vectors"
     write(svg, maps(result["verdict"][0], title, result["similarity"], result["layers"]).encode())
@@ -472,8 +489,9 @@ def run(argv):
                     "side": args.side}
         write(args.json, (json.dumps(settings | result, indent=1) + "\n").encode())
     print(title + "\n")
-    d = min(min(target.W0.shape[1:]) for target in targets.values())
-    level = f"{max(i, j)}/{d} = {max(i, j) / d:.3g}" if args.side == "left" else "see random"
+    level, sizes = max(i, j), {d for target in targets.values() for d in target.W0.shape[1:]}
+    level = (f"{level}/{min(sizes)} = {level / min(sizes):.3g}" if args.side == "left"
+             and len(sizes) == 1 else "the column 'random'")
     print_tables(result, file, args.compare, level, args.verbose)
     print(f"picture: {svg}")
 

@@ -12,7 +12,7 @@ CondLoRA (Kim et al. 2024, arXiv:2403.14946) makes A and B from W0:
     A = (W0 theta_A^T)^T,    B = W0 theta_B^T          (a linear layer on the rows of W0)
 
 and trains only theta_A and theta_B, both (r, d) for a square W0. All layers of a target ("query",
-say) share one pair: with L layers, 1/L as many parameters as LoRA.
+say) share one pair: with L layers, 1/L of LoRA's parameters.
 
 Two controls ask whether W0 matters. They put another M in its place, A = (M theta_A^T)^T and
 B = M theta_B^T: "random" a fixed Gaussian matrix for each layer, "tied" the identity.
@@ -34,7 +34,7 @@ def convert(M, theta_A, theta_B):
     if M is None:
         return theta_A, theta_B.T
     M = M.to(theta_A.dtype)
-    # The paper has square M only. Of a rectangular one the transpose alone gives A d_in columns.
+    # A must have d_in columns. The paper's M is square; of a rectangular one only M^T fits.
     square = M.shape[-2] == M.shape[-1]
     A = ((M if square else M.mT) @ theta_A.T).mT
     B = M @ theta_B.T
@@ -47,7 +47,7 @@ class Conversion(nn.Module):
     def __init__(self, W0, rank):
         super().__init__()
         d_out, d_in = W0.shape
-        self.theta_A = nn.Parameter(torch.empty(rank, d_out, device=W0.device))
+        self.theta_A = nn.Parameter(torch.empty(rank, d_out, device=W0.device))  # see convert
         self.theta_B = nn.Parameter(torch.zeros(rank, d_in, device=W0.device))
         # nn.Linear's default initialization. Zeros in theta_B make B and dW start at zero.
         nn.init.kaiming_uniform_(self.theta_A, a=math.sqrt(5))
@@ -64,7 +64,8 @@ class AdaptedLinear(nn.Module):
         self.weight, self.bias, self.settings = weight, bias, settings  # a dict: see SETTINGS
         self.out_features, self.in_features = weight.shape
         self.scale = settings["alpha"] / settings["rank"]
-        # W0 + dW while the layer is merged. It is not saved in the state dict.
+        # If set, what forward uses for W0 + dW: by merge, or for one step by train.py's
+        # with_summed_weights. It is not saved in the state dict.
         self.register_buffer("merged", None, persistent=False)
 
     def factors(self):
@@ -120,7 +121,7 @@ class CondLoRALinear(AdaptedLinear):
             # Past nn.Module's own __setattr__, which would register it here, too.
             object.__setattr__(self, "conversion", first.conversion)
         random = None
-        if settings["method"] == "random":  # with W0's mean square
+        if settings["method"] == "random":  # Gaussian, with W0's mean square
             random = torch.randn(weight.shape, generator=generator, device="cpu")
             random = random.to(weight.device) * weight.detach().float().square().mean().sqrt()
         self.register_buffer("random", random, persistent=False)
@@ -128,6 +129,7 @@ class CondLoRALinear(AdaptedLinear):
     @property
     def M(self):
         """What theta multiplies: W0, the random matrix, or None for the identity."""
+        # `random` is None for "tied".
         return self.weight if self.settings["method"] == "condlora" else self.random
 
     def factors(self):
@@ -181,7 +183,7 @@ def merge(model):
 
 
 def unmerge(model):
-    """Drop the cached W0 + dW. W0 itself was never changed, so it is bit-identical."""
+    """Drop the cached W0 + dW. W0 itself was never changed, bit for bit."""
     for layer in adapted_layers(model).values():
         layer.merged = None
     return model
@@ -233,8 +235,10 @@ def load_adapter(model, file):
         first = next(iter(layers.values()))
         theirs = settings | {"layers": saved["layers"]}
         ours = first.settings | {"layers": list(layers)}
-        # The layers' names say what the targets were; only random's matrices have a seed.
-        for name in ("method", "rank", "alpha", "layers", *["seed"] * (ours["method"] == "random")):
+        names = ["method", "rank", "alpha", "layers"]  # these say what the targets were
+        if ours["method"] == "random":
+            names.append("seed")
+        for name in names:
             if theirs[name] != ours[name]:
                 raise ValueError(f"{name} is {theirs[name]!s:.80}, in the model {ours[name]!s:.80}")
         known = {name: p for name, p in model.named_parameters() if name in weights}
@@ -273,7 +277,7 @@ def adapter_parameters(model):
     """
     modules, parameters = set(model.modules()), []
     for name, layer in adapted_layers(model).items():
-        if getattr(layer, "conversion", layer) not in modules:
+        if getattr(layer, "conversion", layer) not in modules:  # a LoRALinear has none
             raise ValueError(f"the theta_A and theta_B of {name} belong to a layer that is no "
                              f"longer in the model: keep the first adapted layer of each target")
         parameters += [p for last, p in layer.named_parameters() if last not in ("weight", "bias")]

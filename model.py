@@ -61,7 +61,7 @@ class Attention(nn.Module):
     def forward(self, x, context, mask):
         """x (B, t, d) attends to context (B, T, d).
 
-        mask is added to the scores: (B, 1, 1, T), or (B, nh, t, T) with MPNet's bias, or None.
+        mask is added to the scores, and broadcast to (B, nh, t, T); or it is None.
         """
         q = self.heads(self.query(x))  # (B, nh, t, hs)
         k = self.heads(self.key(context))  # (B, nh, T, hs)
@@ -86,7 +86,10 @@ class Layer(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(self, x, context, mask):
-        """New states (B, t, d) of the positions x (B, t, d), which attend to context (B, T, d)."""
+        """New states (B, t, d) of the positions x (B, t, d), which attend to context (B, T, d).
+
+        x is context itself, but in the last layer perhaps its first position only.
+        """
         # Post-layer-norm: each norm comes after the sum.
         x = self.norm1(x + self.dropout(self.attention(x, context, mask)))
         return self.norm2(x + self.dropout(self.fc2(F.gelu(self.fc1(x)))))
@@ -127,8 +130,8 @@ def relative_buckets(offset):
     """The bucket of key position - query position (T5's rule: Raffel et al. 2020, section 2.1).
 
     Half of the buckets are for keys before the query, half for those after. The 8 nearest distances
-    have a bucket each; farther ones share buckets that widen logarithmically, and all distances of
-    128 or more the last.
+    have a bucket each; farther ones share buckets that widen logarithmically, the last of which has
+    all distances of 128 or more.
     """
     distance = offset.abs()
     half = BUCKETS // 2
@@ -202,7 +205,10 @@ class Transformer(nn.Module):
         return last(x[:, :1].contiguous(), x, first_mask)
 
     def score_mask(self, T, attention_mask, x):
-        """What is added to the attention scores (B, nh, T, T), or None; in x's dtype."""
+        """What is added to the attention scores (B, nh, T, T), in x's dtype, or None.
+
+        It is (B, 1, 1, T); with MPNet's bias (1, nh, T, T) or (B, nh, T, T).
+        """
         mask = None
         if attention_mask is not None:
             # 0 for tokens; for padding so low that softmax gives 0.

@@ -9,8 +9,8 @@
 
 Protocol of the CondLoRA paper (Kim et al. 2024, section 4): a tenth of the training set is held
 out and chooses the epoch; GLUE's dev set, seen once at the end, is the test. To see how training
-works, read the first two parts. The third is the command line; the last, "What makes it fast",
-wraps the same step: in float32 it computes the same.
+works, read the first three parts: training, the task and the model, a run. The command line
+follows; the last part, "What makes it fast", wraps the same step: in float32 it computes the same.
 """
 
 import json
@@ -44,7 +44,7 @@ DATA = Path(__file__).resolve().parent / "data"
 # Several processes under torchrun share each batch; number 0 prints and writes.
 PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 IS_MASTER = PROCESS == 0
-HIDE_BAR = None if IS_MASTER else True  # tqdm: True hides the bar, None hides it in a file
+HIDE_BAR = None if IS_MASTER else True  # tqdm: None hides a bar unless it is on a terminal
 
 # Defaults, chosen on the validation sets of the toy tasks and of GLUE.
 TOY = {"epochs": 14, "batch_size": 32,
@@ -92,7 +92,7 @@ def train(model, forward, data, metrics, args, ckpt):
         order = shuffled(split.widths, args.batch_size, [args.seed, epoch])
         for rows, width, padded in split.batches(order):
             lr = args.lr * schedule(done, steps, args.warmup)
-            optimizer.param_groups[0]["lr"].fill_(lr)
+            optimizer.param_groups[0]["lr"].fill_(lr)  # a tensor: see make_optimizer
             loss += step(rows, width, padded)
             done += 1
             bar.update()
@@ -230,7 +230,7 @@ def load_task(args, ckpt):
     if args.resume and ckpt.get("data", about["data"]) != about["data"]:
         raise ValueError(f"{file} was trained on other rows than {args.task} has now: resume with "
                          f"the same data, or train anew")
-    if IS_MASTER and os.path.isabs(args.task) and glue.look_like_scores(classes):
+    if IS_MASTER and is_own(args.task) and glue.look_like_scores(classes):
         print(f"the labels are {len(classes)} different numbers: if they are scores, add "
               f"--regression")
     return splits, metrics, about
@@ -250,7 +250,7 @@ def build(args, model):
 
 def load_model(args, ckpt, n_out, device):
     """(the encoder's folder, its tokenizer, the model with the best epoch's weights if trained)"""
-    with reading(args.resume or args.eval_only):
+    with reading(args.resume or args.eval_only):  # whose name an error gets
         folder = find_encoder(args, ckpt, device)
         tok = tokenizer.load(folder)
         torch.manual_seed(args.seed)
@@ -292,7 +292,7 @@ def toy_encoder(args, device):
     return folder
 
 
-# The command line --------------------------------------------------------------------------------
+# A run -------------------------------------------------------------------------------------------
 
 def run(argv):
     args, ckpt = arguments(argv)
@@ -312,7 +312,7 @@ def run(argv):
 
 
 def train_and_report(args, ckpt, device):
-    """Train, print the scores and write them to the checkpoint; with --eval_only, print only."""
+    """Train and write the scores to the checkpoint, unless --eval_only is given; print them."""
     splits, metrics, about = load_task(args, ckpt)
     folder, tok, model = load_model(args, ckpt, len(about["classes"]) or 1, device)
     forward = prepare(model, args, device)
@@ -373,7 +373,7 @@ def report(args, model, ckpt, folder, scores, train_labels, device):
     classes, history = ckpt["classes"], ckpt["history"]
     seconds = sum(epoch["seconds"] for epoch in history)
     rows = {"task": args.task}
-    if os.path.isabs(args.task) and classes:
+    if is_own(args.task) and classes:
         rows["classes"] = ", ".join(f"{name} ({train_labels.count(i)})"
                                     for i, name in enumerate(classes))
     rows |= {
@@ -398,6 +398,8 @@ def report(args, model, ckpt, folder, scores, train_labels, device):
         print(f"{name:20}{value}")
 
 
+# The command line --------------------------------------------------------------------------------
+
 def arguments(argv):
     """(options, the checkpoint that --resume or --eval_only names or None).
 
@@ -412,7 +414,8 @@ def arguments(argv):
     if not file:
         return args, None
     ckpt = checkpoint.load(file)
-    # The checkpoint's settings become the defaults. As text they are checked like typed ones.
+    # The checkpoint's settings become the defaults. As text they are checked like typed ones:
+    # `kept` is what the checkpoint says by itself, `args` has the command line on top.
     settings = {name: value if value is None or name in ("targets", "regression") else str(value)
                 for name, value in ckpt["settings"].items() if name not in NOT_KEPT}
     parser.set_defaults(**settings, out=file)
@@ -421,7 +424,7 @@ def arguments(argv):
     args = parser.parse_args(argv)
     for name in settings:
         given, value = getattr(args, name), getattr(kept, name)
-        is_folder = name == "task" and os.path.isabs(given) and os.path.isabs(value)
+        is_folder = name == "task" and is_own(given) and is_own(value)
         may_differ = is_folder or name == "data_dir" or (name == "dtype" and args.eval_only)
         if given != value and not may_differ:
             raise ValueError(f"--{name} {given} contradicts {file}, trained with {value}: "
@@ -487,6 +490,11 @@ def make_parser():
     return parser
 
 
+def is_own(task):
+    """Whether --task is a folder of one's own: task_name gives those absolute paths."""
+    return os.path.isabs(task)
+
+
 def task_name(text):
     """The task, or the absolute path of a folder of one's own."""
     is_name = text in toy.TASKS or text.lower().replace("-", "") in glue.TASKS
@@ -501,8 +509,8 @@ def settle(args, device):
     args.batch_size = args.batch_size or defaults["batch_size"]
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if args.history and args.eval_only:
-        raise ValueError("--history is of a training, --eval_only does not train")
-    if args.regression and not os.path.isabs(args.task):
+        raise ValueError("--history records training, and --eval_only does not train")
+    if args.regression and not is_own(args.task):
         raise ValueError(f"--regression is for your own data, --task is {args.task}")
     for target in args.targets:
         if target.rpartition(".")[2] not in TARGETS:
@@ -548,21 +556,15 @@ def prepare(model, args, device):
                 return model(*inputs)
         return forward
     if bfloat16:
-        narrow_frozen_weights(model)
+        # Frozen weights in bfloat16: half the memory, and no casts in a step. What trains stays
+        # float32, and so does W0, to which an update is added.
+        W0 = {id(layer.weight) for layer in adapted_layers(model).values()}
+        for p in model.parameters():
+            if not p.requires_grad and id(p) not in W0:
+                p.data = p.data.to(torch.bfloat16)
     if bfloat16 or device.type == "cuda":
         return with_summed_weights(model, getattr(torch, args.dtype))
     return model
-
-
-def narrow_frozen_weights(model):
-    """Keep frozen weights in bfloat16: half the memory, and no casts in a step.
-
-    What trains stays float32, and so does W0, to which an update is added.
-    """
-    W0 = {id(layer.weight) for layer in adapted_layers(model).values()}
-    for p in model.parameters():
-        if not p.requires_grad and id(p) not in W0:
-            p.data = p.data.to(torch.bfloat16)
 
 
 def with_summed_weights(model, dtype):

@@ -380,6 +380,7 @@ def test_the_verdict_names_what_is_beyond_its_control_and_what_is_the_same_by_co
     assert "more similar than random by more than 3 sd in: value B." in text
     assert "That is how CondLoRA makes A and B" in say(A=row(trained=1.0, z=165.0))
     assert "Beyond the control" not in say(A=row(trained=1.0, z=165.0))
+    assert "no more similar" not in say(A=row(raw=1.0, raw_z=99.0))
     assert "All layers share one factor" in say(A=row(raw=1.0, raw_z=99.0))
 
 
@@ -400,8 +401,8 @@ def test_a_mistake_gets_one_line_and_exit_status_2(checkpoint, capsys, tmp_path,
     )
     for method in ("full", "tied", "random"):
         assert f"--method {method}" in fails(capsys, checkpoint(method))
-    assert "--i 4 --j 3: A and B of rank 3" in fails(capsys, lora, "--i", 4)
-    assert "--i 3 --j -1: A and B" in fails(capsys, lora, "--j", -1)
+    assert "--i 4 --j 3: both must be from 1 to the rank, 3" in fails(capsys, lora, "--i", 4)
+    assert "--i 3 --j -1: both must be" in fails(capsys, lora, "--j", -1)
     assert "of different shapes: query of layers 0 1, 8x8 rank 3" in fails(
         capsys, lora, "--compare", checkpoint("lora", "--rank", "2", out="two.pt")
     )
@@ -493,7 +494,7 @@ def test_layers_that_cannot_be_paired_are_refused(checkpoint, capsys):
     unequal = checkpoint("lora", "--targets", "query", "1.attention.value")
     assert "query of layers 0 1, 8x8 rank 3, value of layers 1, 8x8" in fails(capsys, unequal)
     apart = checkpoint("condlora", "--targets", "0.attention.query", "1.attention.query")
-    assert "query and others of its name have different thetas" in fails(capsys, apart)
+    assert "layers.1.attention.query have different thetas" in fails(capsys, apart)
 
 
 @pytest.mark.parametrize("first", ["condlora", "lora"])

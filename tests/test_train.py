@@ -372,7 +372,7 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
     )
     error = fails(["--eval_only", "ckpt.pt", "--predict", "gone"], capsys)
     assert error.startswith("train.py: error: --predict gone cannot be read")
-    assert "--history is of a training" in fails(
+    assert "--history records training" in fails(
         ["--eval_only", "ckpt.pt", "--history", "x"], capsys)
     assert "name it with --eval_only" in fails(["--predict", "texts"], capsys)
     both = ["--eval_only", "ckpt.pt", "--predict", "texts", "--export", "x"]
