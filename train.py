@@ -512,9 +512,10 @@ def settle(args, device):
         raise ValueError("--history records training, and --eval_only does not train")
     if args.regression and not is_own(args.task):
         raise ValueError(f"--regression is for your own data, --task is {args.task}")
-    for target in args.targets:
-        if target.rpartition(".")[2] not in TARGETS:
-            raise ValueError(f"--targets {target:.40} is not a linear layer of the encoder: "
+    unknown = [target for target in args.targets if target.rpartition(".")[2] not in TARGETS]
+    with reading(args.resume or args.eval_only):
+        if unknown:
+            raise ValueError(f"--targets {unknown[0]:.40} is not a linear layer of the encoder: "
                              f"use {', '.join(TARGETS)}")
     if IS_MASTER and not args.eval_only:
         check_outputs({"--out": (args.out, b"data.pkl"), "--history": (args.history, b'{"epoch"')})
