@@ -414,10 +414,11 @@ def arguments(argv):
     if not file:
         return args, None
     ckpt = checkpoint.load(file)
+    kept_names = vars(args).keys() - set(NOT_KEPT)
     # The checkpoint's settings become the defaults. As text they are checked like typed ones:
     # `kept` is what the checkpoint says by itself, `args` has the command line on top.
     settings = {name: value if value is None or name in ("targets", "regression") else str(value)
-                for name, value in ckpt["settings"].items() if name not in NOT_KEPT}
+                for name, value in ckpt["settings"].items() if name in kept_names}
     parser.set_defaults(**settings, out=file)
     with reading(file):
         kept = parser.parse_args([])
