@@ -1,6 +1,6 @@
 """Fine-tune a frozen encoder with CondLoRA or LoRA, on the toy language or on GLUE.
 
-    python train.py --method condlora                        # the toy task, in a few minutes
+    python train.py --method condlora                        # the toy task, in a minute
     python data/download.py mrpc roberta-base
     python train.py --task mrpc --init_from roberta-base     # GLUE
     python train.py --task FOLDER --init_from roberta-base   # your own train.tsv and dev.tsv
@@ -227,12 +227,17 @@ def load_task(args, ckpt):
     if ckpt and any(ckpt[name] != about[name] for name in ("classes", "n_texts")):
         raise ValueError(f"{file} was trained on {ckpt['n_texts']} texts a row and the classes "
                          f"{', '.join(ckpt['classes']):.60}; {args.task} has others")
-    if args.resume and ckpt.get("data", about["data"]) != about["data"]:
+    has_changed = ckpt and ckpt.get("data", about["data"]) != about["data"]
+    if has_changed and args.resume:
         raise ValueError(f"{file} was trained on other rows than {args.task} has now: resume with "
                          f"the same data, or train anew")
+    if IS_MASTER and has_changed:
+        print(f"the rows are not those that {file} was trained on: it may have seen some of them")
     if IS_MASTER and is_own(args.task) and glue.look_like_scores(classes):
         print(f"the labels are {len(classes)} different numbers: if they are scores, add "
               f"--regression")
+    if IS_MASTER and "test" not in splits:
+        print(f"{args.task} has no dev.tsv, so there will be no test scores")
     return splits, metrics, about
 
 
@@ -262,7 +267,7 @@ def load_model(args, ckpt, n_out, device):
             tokenizer_sha256 = ckpt["encoder"].get("tokenizer", tok.sha256())
             if vars(model.config) != ckpt["config"] or tok.sha256() != tokenizer_sha256:
                 raise ValueError(f"config.json or the tokenizer in {folder} has changed since it "
-                                 f"was trained")
+                                 f"was trained: restore it, or train anew")
             copy_tensors(ckpt["weights"], trained_tensors(model))
     return folder, tok, model
 
@@ -274,8 +279,9 @@ def find_encoder(args, ckpt, device):
         name = args.init_from or "roberta-base"
         folder = next((f for f in (Path(name), DATA / "models" / name) if f.is_dir()), None)
         if not folder:
-            raise FileNotFoundError(f"no folder {name}, here or under {DATA / 'models'}. Run "
-                                    f"`python data/download.py {name}` to fetch a model.")
+            hint = f". Run `python data/download.py {name}` to fetch a model."
+            raise FileNotFoundError(f"no folder {name}, here or under {DATA / 'models'}"
+                                    + hint * (name.count("/") < 2))
     if ckpt:
         return checkpoint.verified_encoder(ckpt, folder)
     return folder or toy_encoder(args, device)
@@ -360,8 +366,14 @@ def predict_or_export(args, ckpt, device):
 def encode(splits, tok, model, args, device):
     """{name: Encoded split}"""
     max_len = min(args.max_len, model.config.max_len)
-    return {name: Encoded(split, tok, max_len, device, model.config.type_vocab_size)
+    data = {name: Encoded(split, tok, max_len, device, model.config.type_vocab_size)
             for name, split in splits.items()}
+    for name, split in data.items():
+        unknown = (split.input_ids == tok.unk_id).sum().item() / split.lengths.sum()
+        if IS_MASTER and unknown > 0.2:
+            print(f"{name}: the encoder does not know {unknown:.0%} of the tokens. Is it one of "
+                  f"another language?", file=sys.stderr)
+    return data
 
 
 def report(args, model, ckpt, folder, scores, train_labels, device):
@@ -509,8 +521,8 @@ def settle(args, device):
     args.epochs = args.epochs or defaults["epochs"]
     args.batch_size = args.batch_size or defaults["batch_size"]
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    if args.history and args.eval_only:
-        raise ValueError("--history records training, and --eval_only does not train")
+    if args.eval_only and (args.history or args.out != args.eval_only):
+        raise ValueError("--out and --history record training, and --eval_only does not train")
     if args.regression and not is_own(args.task):
         raise ValueError(f"--regression is for your own data, --task is {args.task}")
     unknown = [target for target in args.targets if target.rpartition(".")[2] not in TARGETS]
@@ -520,6 +532,8 @@ def settle(args, device):
                              f"use {', '.join(TARGETS)}")
     if IS_MASTER and not args.eval_only:
         check_outputs({"--out": (args.out, b"data.pkl"), "--history": (args.history, b'{"epoch"')})
+        if args.out.exists() and not args.resume:
+            print(f"{args.out} will be replaced after the first epoch")
 
 
 def pick_device(name):

@@ -74,6 +74,8 @@ def reading(file):
         reason, kind = (str(error).splitlines() or [""])[0], type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch.load's text advises to run its code
             reason = "not a PyTorch file of plain tensors"
+        elif isinstance(error, UnicodeDecodeError):
+            reason = "it is not UTF-8: save it as UTF-8"
         elif type(error) is not ValueError:
             reason = f"{kind}: {reason}"
         raise ValueError(f"{file}: {reason:.200}") from error

@@ -117,8 +117,10 @@ class Task:
             lines.pop()
         if self.folder == "CoLA":  # the one file without a header
             header = ["source", "label", "original_label", "sentence"]
+        elif not lines:
+            raise ValueError("it is empty")
         else:
-            header = lines.pop(0)[1] if lines else []
+            header = lines.pop(0)[1]
         for column in (*self.texts, self.label):
             if header.count(column) != 1:
                 number = "two columns" if column in header else "no column"
@@ -197,7 +199,8 @@ def own_task(folder, regression=False):
             header = opened.readline().rstrip("\r\n").split("\t")
         if "text" in header and "text1" in header:
             raise ValueError("line 1 has the columns text and text1: name one text, or two")
-        task = Task(str(folder), ("text",) if "text" in header else ("text1", "text2"), "label", (),
+        texts = ("text1", "text2") if {"text1", "text2"} & {*header} else ("text",)
+        task = Task(str(folder), texts, "label", (),
                     correlations if regression else accuracy_and_macro_f1,
                     ("dev",) if (folder / "dev.tsv").is_file() else (), (-1e15, 1e15))
         labels = sorted({label for _, _, label in task.rows(file)})
@@ -210,6 +213,8 @@ def find_task(name, regression=False):
     """The Task of a name: "rte", "RTE", "sst2", "SST-2", ..., or of a folder of one's own."""
     task = TASKS.get(name.lower().replace("-", ""))
     if not task and not os.path.isdir(name):  # False also of a name that is too long
+        if Path(name).is_absolute():
+            raise ValueError(f"there is no folder {name:.150}: say where it is with --task")
         raise ValueError(f"{name!r:.100} is neither a folder nor one of {', '.join(TASKS)}")
     return task or own_task(name, regression)
 

@@ -182,6 +182,7 @@ def run_stage(stage, args):
     known = {key(row, names) for row in read(file)}
     runs = [run for run in runs_of(stage, rows)
             if key(run, names) not in known and run["method"] in args.only]
+    print(f"{stage}: {len(runs)} runs are not in {file} yet")
     runs.sort(key=lambda run: -STEPS[run["task"]] * run["epochs"])
     gpus = queue.Queue()
     for _ in range(args.jobs):

@@ -363,6 +363,7 @@ def test_rectangular_targets_are_marked_as_least_squares(checkpoint, capsys):
     assert "rectangular or singular, so least squares: fc1" in out
     out = run(capsys, checkpoint("condlora", "--targets", "fc1", "fc2"), "--json", "out.json")
     assert set(json.load(open("out.json"))["theta"]) == {"fc1", "fc2"}
+    assert "theta^T" not in out and "the column 'random' for unrelated" in out
     # fc2 is 8x12, so that random C_A (8, 3) is as like as 3 of 8 dimensions, A (3, 12) as 3 of 12.
     run(capsys, "condlora.pt", "--compare", "condlora.pt", "--json", "out.json")
     compared = json.load(open("out.json"))["compare"]["fc2"]

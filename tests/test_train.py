@@ -223,7 +223,8 @@ def test_a_run_is_not_resumed_with_other_rows(little, capsys, tmp_path):
     good = file.read_text()
     file.write_text(good.replace("\t0\n", "\t1\n", 1))
     assert "ckpt.pt was trained on other rows" in fails(["--resume", "ckpt.pt"], capsys)
-    run(["--eval_only", "ckpt.pt"], capsys)  # a new dev.tsv may be evaluated
+    _, lines = run(["--eval_only", "ckpt.pt"], capsys)  # it may be evaluated, and is told
+    assert "the rows are not those that ckpt.pt was trained on: it may have seen some of" in lines[0]
     ckpt = torch.load("ckpt.pt", weights_only=True)
     torch.save({name: ckpt[name] for name in ckpt if name != "data"}, "old.pt")
     run(["--resume", "old.pt"], capsys)
@@ -239,6 +240,20 @@ def test_a_checkpoint_is_not_used_with_another_vocabulary(little, capsys, bert_f
         assert "the tokenizer in " in fails([option, "ckpt.pt"], capsys)
     vocab.write_text("\n".join(words))
     run(["--eval_only", "ckpt.pt"], capsys)
+
+
+def test_words_that_the_encoder_does_not_know_and_a_missing_test_are_said(
+    little, capsys, tmp_path
+):
+    write_own(tmp_path / "mine", [f"zzz qqq {'xyz ' * (i % 3)}\t{i % 2}" for i in range(20)])
+    train.main([*map(str, little), "--task", "mine"])
+    printed = capsys.readouterr()
+    assert "validation: the encoder does not know 60% of" in printed.err
+    assert "mine has no dev.tsv, so there will be no test scores" in printed.out
+    train.main([*map(str, little), "--task", "sst2"])
+    printed = capsys.readouterr()
+    assert "does not know" not in printed.err and "no dev.tsv" not in printed.out
+    assert "ckpt.pt will be replaced" in printed.out
 
 
 def test_a_full_or_head_checkpoint_is_not_taken_for_an_adapter(little, capsys, bert_folder):
@@ -372,7 +387,7 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
     )
     error = fails(["--eval_only", "ckpt.pt", "--predict", "gone"], capsys)
     assert error.startswith("train.py: error: --predict gone cannot be read")
-    assert "--history records training" in fails(
+    assert "record training, and --eval_only does not" in fails(
         ["--eval_only", "ckpt.pt", "--history", "x"], capsys)
     assert "name it with --eval_only" in fails(["--predict", "texts"], capsys)
     both = ["--eval_only", "ckpt.pt", "--predict", "texts", "--export", "x"]
@@ -381,7 +396,7 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
     (tmp_path / "texts").write_text(texts[0])
     train.main(["--eval_only", "ckpt.pt", "--predict", "texts", "--device", "cpu"])  # needs no data
     assert capsys.readouterr().out.splitlines() == expected[:1]
-    assert "mine' is neither a folder nor" in fails(["--eval_only", "ckpt.pt"], capsys)
+    assert "mine: say where it is with --task" in fails(["--eval_only", "ckpt.pt"], capsys)
     assert (
         run(["--eval_only", "ckpt.pt", "--task", "moved", "--device", "cpu"], capsys)[0]["test"]
         == table["test"]
