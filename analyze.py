@@ -9,9 +9,8 @@ arXiv:2403.14946, section 3), compared by the subspace similarity phi of the LoR
 2022, arXiv:2106.09685, section 7.2): 0 for orthogonal subspaces, 1 if one contains the other.
 
 LoRA:     the conversion matrices of every two layers. The control, which the paper lacks, is
-          untrained A and B through the same W0^-1: it tells what W0 does by itself.
-With the default --i and --j, the rank, C_BA has no row: its left vectors span what C_B's do.
-
+          untrained A and B through the same W0^-1: it tells what W0 does by itself. With the
+          default --i and --j, the rank, C_BA has no row, since its left vectors span what C_B's do.
 CondLoRA: with square W0 every layer has the same conversion matrices, the thetas. The question is
           reversed: how similar are A and B, made by one theta from different W0? The control is
           untrained thetas.

@@ -446,7 +446,7 @@ def arguments(argv):
 
 
 def make_parser():
-    parser, rate = parser_of(__doc__), between(float, 1e-30, 1e30)
+    parser, rate = parser_of(__doc__, "train.py [options]"), between(float, 1e-30, 1e30)
     add, count = parser.add_argument, between(int, 1, 10 ** 9)
     add("--task", default="toy", type=task_name, help=f"{', '.join(toy.TASKS)} (made up, needs no "
         f"files), GLUE's {', '.join(glue.TASKS)}, or a folder of yours with train.tsv and perhaps "

@@ -9,10 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def parser_of(doc):
+def parser_of(doc, usage=None):
     """A parser whose --help shows a file's docstring, and whose errors are ValueErrors."""
-    intro, _, rest = doc.partition("\n")
-    parser = argparse.ArgumentParser(description=intro, epilog=rest, allow_abbrev=False,
+    parser = argparse.ArgumentParser(description=doc, usage=usage, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
     def error(message):  # without the usage
