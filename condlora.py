@@ -124,7 +124,7 @@ class CondLoRALinear(AdaptedLinear):
         if settings["method"] == "random":  # Gaussian, with W0's mean square
             random = torch.randn(weight.shape, generator=generator, device="cpu")
             random = random.to(weight.device) * weight.detach().float().square().mean().sqrt()
-        self.register_buffer("random", random, persistent=False)
+        self.register_buffer("random", random)
 
     @property
     def M(self):
@@ -203,8 +203,9 @@ def merge_and_unload(model):
 def save_adapter(model, file):
     """Write the adapter, each theta once, and every other parameter that requires a gradient.
 
-    The file also holds adapt's settings and the adapted layers' names. Raises ValueError if the
-    model has no adapter, parts adapted with different settings, or lost a Conversion.
+    The file also holds adapt's settings and the adapted layers' names, but no buffers. Raises
+    ValueError if the model has no adapter, parts adapted with different settings, or lost a
+    Conversion.
     """
     layers = adapted_layers(model)
     every = [layer.settings for layer in layers.values()]
@@ -334,8 +335,8 @@ def find_linears(model, method, targets, rank, alpha):
                f"{name} is a {type(layer).__name__}: only plain nn.Linear layers can be adapted")
         refuse(layer in in_fast_path, f"{name} is part of an nn.TransformerEncoderLayer, whose "
                                       f"fast path in eval mode ignores the adapter")
-        refuse("weight" not in layer._parameters,
-               f"the weight of {name} is computed by a hook (spectral_norm): remove that first")
+        refuse("weight" not in layer._parameters or "forward" in vars(layer),
+               f"{name} has a hook (spectral_norm's, accelerate's): remove that first")
         dtype, (d_out, d_in) = layer.weight.dtype, layer.weight.shape
         refuse(not dtype.is_floating_point, f"the weight of {name} is {dtype}, not floating point")
         refuse(not isinstance(rank, Integral) or not 1 <= rank <= min(d_out, d_in),

@@ -56,6 +56,7 @@ def pearson(x, y):
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if np.ptp(x) == 0 or np.ptp(y) == 0:
         return 0.0
+    x, y = (v / np.abs(v).max() for v in (x, y))  # or squares of very large ones would overflow
     x, y = x - x.mean(), y - y.mean()
     return float(np.clip((x / np.linalg.norm(x)) @ (y / np.linalg.norm(y)), -1, 1))
 
@@ -63,7 +64,7 @@ def pearson(x, y):
 def ranks(x):
     """Ranks from 1; equal values share the average of theirs."""
     _, which, count = np.unique(x, return_inverse=True, return_counts=True)
-    return (np.cumsum(count) - (count - 1) / 2)[which]
+    return np.where(np.isnan(x), np.nan, (np.cumsum(count) - (count - 1) / 2)[which])
 
 
 # Tasks -------------------------------------------------------------------------------------------

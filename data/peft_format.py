@@ -37,6 +37,8 @@ def export(model, encoder, folder):
               if isinstance(layer, AdaptedLinear)}
     if not layers:
         raise ValueError("--method head and full have no adapter to export: use another method")
+    if any(layer in model.head.modules() for layer in layers.values()):
+        raise ValueError("the head is adapted: PEFT cannot save it whole, too")
     tensors = {}
     for name, layer in layers.items():
         for letter, factor in zip("AB", layer.factors()):

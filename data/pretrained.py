@@ -141,8 +141,8 @@ def read_config(file, n_out):
                  dataclasses.fields(Config)} | {"classifier_dropout": float}
         given = {name: kinds[name](settings[name]) for name in kinds
                  if settings.get(name) is not None and name != "n_out"}
-        if kind == "mpnet":  # whose head in transformers does not know it
-            given.pop("classifier_dropout", None)
+        if kind == "mpnet":  # transformers' has these whatever config.json says
+            given |= {"pad_token_id": 1, "classifier_dropout": None}
         config = dataclasses.replace(defaults, **given)
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
                  "intermediate_size", "type_vocab_size", "max_len")

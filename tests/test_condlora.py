@@ -26,8 +26,8 @@ from model import Config, Transformer
 METHODS = ("lora", "condlora", "tied", "random")
 
 
-def encoder(layers=3, d=16):
-    torch.manual_seed(0)
+def encoder(layers=3, d=16, seed=0):
+    torch.manual_seed(seed)
     config = Config(
         vocab_size=40,
         hidden_size=d,
@@ -405,6 +405,13 @@ def test_randoms_matrices_differ_by_layer_and_seed_and_have_w0s_mean_square():
         assert layer.M.square().mean().item() == pytest.approx(mean_square, rel=0.1)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_state_dict_makes_another_model_compute_the_same(method):
+    model, other = trained(adapt(encoder(), method, seed=1)), adapt(encoder(seed=9), method, seed=2)
+    other.load_state_dict(model.state_dict())
+    assert torch.equal(other(IDS), model(IDS))
+
+
 def test_an_adapter_that_does_not_fit_is_refused_and_the_reason_named(tmp_path):
     file = tmp_path / "adapter.pt"
     model = trained(adapt(encoder(), "lora", rank=2, alpha=3))
@@ -497,8 +504,12 @@ def test_a_weight_that_another_module_holds_too_stays_that_modules(method):
 
 def test_a_weight_that_is_not_the_layers_own_to_read_is_refused():
     hooked = nn.ModuleDict({"query": nn.utils.spectral_norm(nn.Linear(4, 4))})
-    with pytest.raises(ValueError, match="weight of query is computed by a hook"):
+    with pytest.raises(ValueError, match="query has a hook"):
         adapt(hooked, targets="query", rank=2)
+    wrapped = nn.ModuleDict({"query": nn.Linear(4, 4)})
+    wrapped["query"].forward = lambda x: x  # as accelerate hooks a layer
+    with pytest.raises(ValueError, match="query has a hook"):
+        adapt(wrapped, targets="query", rank=2)
     whole = nn.ModuleDict({"query": nn.Linear(4, 4)}).requires_grad_(False)
     whole["query"].weight.data = whole["query"].weight.data.to(torch.int8)
     with pytest.raises(ValueError, match="weight of query is torch.int8, not floating point"):

@@ -169,6 +169,10 @@ def test_the_held_out_tenth_is_always_the_same_so_that_figures_compare():
 def test_undefined_metrics_are_zero():
     assert glue.metrics("cola", [1, 1, 1], [1, 0, 1])["matthews"] == 0
     assert glue.metrics("stsb", [0.1, 0.1, 0.1], [1, 2, 3]) == {"pearson": 0, "spearman": 0}
+    # scipy's pearsonr and spearmanr
+    found = glue.metrics("stsb", [1e300, 2e300, -1e300], [1, 2, 3])
+    assert found == pytest.approx({"pearson": -0.6546536707079772, "spearman": -0.5})
+    assert all(np.isnan(x) for x in glue.metrics("stsb", [1, np.nan, 2], [1, 2, 3]).values())
     assert glue.metrics("qqp", [0, 0], [0, 0])["f1"] == 0
     with pytest.raises(ValueError, match="shape"):
         glue.metrics("rte", [0, 1], [0])

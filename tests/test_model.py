@@ -283,6 +283,15 @@ def test_an_adapted_model_is_saved_merged_or_not_at_all(bert_folder, tmp_path):
     assert sorted(names) == sorted(hf_state("bert", 2))
 
 
+def test_mpnets_positions_begin_after_1_whatever_its_config_says(tmp_path):
+    """transformers' MPNetEmbeddings has a padding_idx of its own."""
+    given, usual = (pretrained.load(write_encoder(tmp_path / str(pad), "mpnet", pad_token_id=pad))
+                    for pad in (0, 1))
+    ids = torch.tensor([[5, 6, 7]])
+    assert given.config.max_len == usual.config.max_len
+    assert torch.equal(given.eval().encode(ids), usual.eval().encode(ids))
+
+
 def test_the_heads_dropout_is_classifier_dropout_where_the_config_has_one(tmp_path):
     for kind, expected in (("bert", 0.5), ("roberta", 0.5), ("mpnet", 0.1)):  # as transformers has
         folder = write_encoder(tmp_path / kind, kind, classifier_dropout=0.5)

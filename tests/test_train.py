@@ -14,8 +14,8 @@ from conftest import ROOT, WORDS, hf_state, write_encoder
 from test_data import write_own, write_task
 
 import train
-from condlora import load_adapter
-from data import checkpoint, glue, pretrained, tokenizer, toy
+from condlora import adapt, load_adapter
+from data import checkpoint, glue, peft_format, pretrained, tokenizer, toy
 from data.batches import shuffled
 from data.pretrained import read_safetensors
 
@@ -493,6 +493,14 @@ def test_an_exported_adapter_has_pefts_names_and_the_checkpoints_update(
     assert "no adapter to export" in fails(
         ["--eval_only", head_checkpoint(little, capsys), "--export", "x"], capsys
     )
+
+
+def test_an_adapted_head_is_not_exported(bert_folder, tmp_path):
+    """PEFT would save it whole and adapt it at once."""
+    model = adapt(pretrained.load(bert_folder), "lora", ["query", "dense"], rank=2)
+    with pytest.raises(ValueError, match="the head is adapted"):
+        peft_format.export(model, bert_folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def head_checkpoint(little, capsys):
