@@ -368,11 +368,11 @@ def encode(splits, tok, model, args, device):
     max_len = min(args.max_len, model.config.max_len)
     data = {name: Encoded(split, tok, max_len, device, model.config.type_vocab_size)
             for name, split in splits.items()}
-    for name, split in data.items():
-        unknown = (split.input_ids == tok.unk_id).sum().item() / split.lengths.sum()
-        if IS_MASTER and unknown > 0.2:
-            print(f"{name}: the encoder does not know {unknown:.0%} of the tokens. Is it one of "
-                  f"another language?", file=sys.stderr)
+    unknown = max((split.input_ids == tok.unk_id).sum().item() / split.lengths.sum()
+                  for split in data.values())
+    if IS_MASTER and unknown > 0.2:
+        print(f"the encoder does not know {unknown:.0%} of the tokens: is it of another language?",
+              file=sys.stderr)
     return data
 
 

@@ -248,7 +248,7 @@ def test_words_that_the_encoder_does_not_know_and_a_missing_test_are_said(
     write_own(tmp_path / "mine", [f"zzz qqq {'xyz ' * (i % 3)}\t{i % 2}" for i in range(20)])
     train.main([*map(str, little), "--task", "mine"])
     printed = capsys.readouterr()
-    assert "validation: the encoder does not know 60% of" in printed.err
+    assert "the encoder does not know 60% of the tokens" in printed.err
     assert "mine has no dev.tsv, so there will be no test scores" in printed.out
     train.main([*map(str, little), "--task", "sst2"])
     printed = capsys.readouterr()
