@@ -8,7 +8,7 @@ For each layer  C_A = W0^-1 A^T,  C_B = W0^-1 B,  C_BA = W0^-1 B A  (Kim et al. 
 arXiv:2403.14946, section 3), compared by the subspace similarity phi of the LoRA paper (Hu et al.
 2022, arXiv:2106.09685, section 7.2): 0 for orthogonal subspaces, 1 if one contains the other.
 
-LoRA:     the conversion matrices of every two layers. The control, which the paper lacks, is
+LoRA:     the conversion matrices of every pair of layers. The control, which the paper lacks, is
           untrained A and B through the same W0^-1: it tells what W0 does by itself. With the
           default --i and --j, the rank, C_BA has no row, since its left vectors span what C_B's do.
 CondLoRA: with square W0 every layer has the same conversion matrices, the thetas. The question is
@@ -51,7 +51,8 @@ def inverse_of(W0):
 def conversion_matrices(W0, A, B, inverse=None):
     """{"A": C_A (d, r), "B": C_B (d, r), "BA": C_BA (d, d)}, float64, of one layer or of a stack.
 
-    For W0 (d_out, d_in), A (r, d_in), B (d_out, r):  W0 C_A = A^T,  W0 C_B = B,  W0 C_BA = B A.
+    For W0 (d_out, d_in), A (r, d_in), B (d_out, r):  W0 C_A = A^T,  W0 C_B = B,  W0 C_BA = B A,
+    by least squares if W0 is not invertible.
     CondLoRA reads A from the columns of a rectangular W0: there W0^T C_A = A^T, C_A (d_out, r).
     `inverse` is W0's, for callers that have it.
     """
@@ -65,7 +66,7 @@ def conversion_matrices(W0, A, B, inverse=None):
 
 
 def subspace_similarity(X, Y, i, j, side="left"):
-    """phi(X, Y, i, j), from 0 to 1 (Hu et al. 2022, equation 4).
+    """phi(X, Y, i, j), from 0 to 1, of two matrices (Hu et al. 2022, equation 4).
 
     The share of the span of X's first i singular vectors that lies in that of Y's first j, or, if
     i > j, the other way round. side: "left" or "right" singular vectors. Raises ValueError if X or
@@ -157,7 +158,7 @@ def gaussian(shape, rng, device):
 # The figures -------------------------------------------------------------------------------------
 
 def similarity_maps(matrices, A, i, j, side):
-    """{"A", "B", "BA": phi of every two layers, (L, L)}, where BA is matrices["B"] @ A.
+    """{"A", "B", "BA": phi of every pair of layers, (L, L)}, where BA is matrices["B"] @ A.
 
     A map is left out if its phi is 1 by definition, i or j directions being all there are; and BA's
     if it is B's again, since all of BA's left singular vectors span what B's do.
@@ -173,7 +174,7 @@ def similarity_maps(matrices, A, i, j, side):
 def similarity(target, i, j, side):
     """{"A", "B", "BA": a row}: a dict of phi's mean over pairs of layers, and its baselines.
 
-    trained     of the compared matrices; "map" has every two layers
+    trained     of the compared matrices; "map" has every pair of layers
     control     (mean, sd) of untrained factors through the same W0; "control_map" their mean
     random      (mean, sd) of Gaussian matrices of the same shape
     z           of trained, in sd of the control
@@ -258,7 +259,7 @@ def comparison(one, two, i, j):
 
 
 def amplification(target):
-    """{"own", "random": a factor a layer}: ||dW|| / ||U^T W0 V|| (Hu et al. 2022, section 7.3).
+    """{"own", "random": one factor per layer}: ||dW|| / ||U^T W0 V|| (Hu et al. 2022, section 7.3).
 
     U and V are dW's own singular vectors, or random ones. A large factor along its own says that dW
     adds what W0 has little of.
@@ -274,7 +275,7 @@ def amplification(target):
 
 
 def theta_deviation(target):
-    """How far all layers' conversion matrices are from theta^T, relative to theta's largest."""
+    """Largest deviation of a conversion matrix from theta^T, relative to theta's largest entry."""
     C = target.conversions
     return max(((C[name] - theta.T).abs().max() / theta.abs().max()).item()
                for name, theta in zip("AB", target.thetas))
@@ -322,7 +323,7 @@ def verdict(table, is_condlora):
                   "That is how CondLoRA makes A and B, not something training found."]
     if more:
         lines += [f"Beyond the control by more than 3 sd: {more}.",
-                  "All other similarity comes from W0."]
+                  "No other row exceeds its control by 3 sd."]
     elif not same:
         lines += ["No row exceeds its control by 3 sd: no similarity beyond what W0 produces."]
     if less:
@@ -342,7 +343,7 @@ def print_tables(result, file, compared_file, level, verbose):
         print(f"condition number of W0, {name}: {min(row):.1e} to {max(row):.1e}")
     inexact = [name for name, layers in result["least_squares"].items() if layers]
     if inexact:
-        print(f"rectangular or singular, so least squares: {', '.join(inexact)}")
+        print(f"rectangular or singular, so by least squares: {', '.join(inexact)}")
     for name, deviation in result.get("theta", {}).items():
         if name not in inexact:
             print(f"{name}: every layer's conversion matrices are theta^T, to {deviation:.0e}")
@@ -366,9 +367,8 @@ def print_tables(result, file, compared_file, level, verbose):
     show(header[:columns], [row[:columns] for row in rows])
     print("\n".join(result["verdict"]) + "\n")
     if verbose:
-        print("Each layer's condition number, and its amplification |dW| / |U^T W0 V|: how much dW "
-              "adds along\nits own directions U, V, or along random ones, relative to what W0 has "
-              "there")
+        print("Each layer's condition number, and its amplification |dW| / |U^T W0 V|: dW's norm "
+              "over that\nof W0's part along dW's own directions U, V, or along random ones")
         show(["layer", "condition", "own directions", "random directions"],
              [[f"{name} {number}", f"{condition:.1e}", f"{own:.3g}", f"{random:.3g}"]
               for name, row in result["amplification"].items()
@@ -506,8 +506,8 @@ def make_parser():
     add = parser.add_argument
     add("checkpoint", type=Path, help="a checkpoint of train.py --method lora or condlora, or a "
         "folder with a LoRA adapter that PEFT wrote")
-    add("--i", type=int, help="how many singular vectors of one matrix count; default: the rank")
-    add("--j", type=int, help="and of the other; default: the rank")
+    add("--i", type=int, help="how many singular vectors of the first matrix; default: the rank")
+    add("--j", type=int, help="the same for the second matrix; default: the rank")
     add("--side", choices=("left", "right"), default="left",
         help="singular vectors of the main table's matrices; default: left")
     add("--compare", type=Path, metavar="CKPT", help="a second checkpoint, of the same shape")

@@ -2,7 +2,8 @@
 
     model = adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.0)
 
-W0 (d_out, d_in) is the frozen weight of a linear layer, r the rank, s = alpha / r. Both compute
+W0 (d_out, d_in) is the frozen weight of a linear layer, r the rank, s = alpha / r. LoRA and
+CondLoRA compute
 
     y = x W0^T + b + s (x A^T) B^T          which adds  dW = s B A  to W0.
 
@@ -14,7 +15,7 @@ CondLoRA (Kim et al. 2024, arXiv:2403.14946) makes A and B from W0:
 and trains only theta_A and theta_B, both (r, d) for a square W0. All layers of a target ("query",
 say) share one pair: with L layers, 1/L of LoRA's parameters.
 
-Two controls ask whether W0 matters. They put another M in its place, A = (M theta_A^T)^T and
+Two controls ask whether W0 matters. They put another matrix M in its place, A = (M theta_A^T)^T and
 B = M theta_B^T: "random" a fixed Gaussian matrix for each layer, "tied" the identity.
 """
 
@@ -29,7 +30,8 @@ import torch.nn.functional as F
 def convert(M, theta_A, theta_B):
     """A (r, d_in) and B (d_out, r) from M (d_out, d_in), or from a stack of them (L, d_out, d_in).
 
-    M is W0 in CondLoRA; None stands for the identity, the control "tied".
+    M is W0 in CondLoRA, or None for the identity ("tied"). theta_A is (r, d_out), theta_B is
+    (r, d_in).
     """
     if M is None:
         return theta_A, theta_B.T
@@ -47,7 +49,7 @@ class Conversion(nn.Module):
     def __init__(self, W0, rank):
         super().__init__()
         d_out, d_in = W0.shape
-        self.theta_A = nn.Parameter(torch.empty(rank, d_out, device=W0.device))  # see convert
+        self.theta_A = nn.Parameter(torch.empty(rank, d_out, device=W0.device))
         self.theta_B = nn.Parameter(torch.zeros(rank, d_in, device=W0.device))
         # nn.Linear's default initialization. Zeros in theta_B make B and dW start at zero.
         nn.init.kaiming_uniform_(self.theta_A, a=math.sqrt(5))
@@ -57,14 +59,14 @@ class Conversion(nn.Module):
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer with a low-rank update; subclasses differ only in factors()."""
+    """A linear layer with a low-rank update; subclasses supply factors()."""
 
     def __init__(self, weight, bias, settings):
         super().__init__()
         self.weight, self.bias, self.settings = weight, bias, settings  # a dict: see SETTINGS
         self.out_features, self.in_features = weight.shape
         self.scale = settings["alpha"] / settings["rank"]
-        # If set, what forward uses for W0 + dW: by merge, or for one step by train.py's
+        # If set, forward uses it as W0 + dW: set by merge, or for one forward pass by train.py's
         # with_summed_weights. It is not saved in the state dict.
         self.register_buffer("merged", None, persistent=False)
 
@@ -118,7 +120,7 @@ class CondLoRALinear(AdaptedLinear):
         if first is None:
             self.conversion = Conversion(weight, settings["rank"])
         else:
-            # Past nn.Module's own __setattr__, which would register it here, too.
+            # Bypass nn.Module.__setattr__, which would also register it here.
             object.__setattr__(self, "conversion", first.conversion)
         random = None
         if settings["method"] == "random":  # Gaussian, with W0's mean square
@@ -147,7 +149,7 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
     targets one or more names, dotted or not: "out" matches every layer of that name,
             "attention.out" only those in a module named "attention".
     rank    from 1 to min(d_in, d_out); alpha: dW is scaled by alpha / rank.
-    seed    of the random matrices, drawn on the CPU in the order of the layers.
+    seed    of method "random"'s matrices, drawn on the CPU; A and theta_A use torch's generator.
 
     Layers share a Conversion if target and shape agree. Returns the model; the caller unfreezes
     anything else that should train (its head). Adapters are float32. Raises ValueError, leaving the
@@ -173,7 +175,7 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
 
 @torch.no_grad()
 def merge(model):
-    """Cache W0 + dW in each adapted layer, so that the adapter costs nothing at inference.
+    """Cache W0 + dW in each adapted layer: more memory, but no computation for the adapter.
 
     Until unmerge the adapter gets no gradient. After load_state_dict, merge again.
     """
@@ -217,13 +219,13 @@ def save_adapter(model, file):
 
 
 def load_adapter(model, file):
-    """Read what save_adapter or train.py wrote into `model`, which is adapted first if need be.
+    """Load what save_adapter or train.py wrote into `model`, which is adapted first if need be.
 
     Every parameter in the file, the head's included, is copied into the parameter of that name,
     which then requires a gradient. Returns the model, merged again if it was. Raises ValueError,
     with the model's weights untouched, if method, rank, alpha or the adapted layers differ, or if a
-    tensor is missing, unexpected or of another shape; a fresh model may be adapted by then. Loading
-    never runs code (weights_only=True).
+    tensor is missing, unexpected or of another shape; a fresh model may be adapted by then. Raises
+    FileNotFoundError if there is no such file. Loading never runs code (weights_only=True).
     """
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)

@@ -42,7 +42,7 @@ class Config:
 
     @property
     def max_len(self):
-        """The longest sequence that has positions, in tokens."""
+        """The longest sequence that the position embeddings allow, in tokens."""
         unused = 0 if self.model_type == "bert" else self.pad_token_id + 1
         return self.max_position_embeddings - unused
 
@@ -131,7 +131,7 @@ def relative_buckets(offset):
 
     Half of the buckets are for keys before the query, half for those after. The 8 nearest distances
     have a bucket each; farther ones share buckets that widen logarithmically, the last of which has
-    all distances of 128 or more.
+    all distances of 91 or more.
     """
     distance = offset.abs()
     half = BUCKETS // 2
@@ -184,9 +184,10 @@ class Transformer(nn.Module):
     def encode(self, input_ids, token_type_ids=None, attention_mask=None, first_only=False):
         """Last hidden states (B, T, d) of token ids (B, T).
 
-        attention_mask (B, T) is 1 for tokens and 0 for padding; without it every position is
-        attended to. first_only gives the first token's state, (B, 1, d), and saves most of the last
-        layer. Raises ValueError if T is more than the model's positions.
+        token_type_ids (B, T) are 0 by default; MPNet ignores them. attention_mask (B, T) is 1 for
+        tokens and 0 for padding; without it every position is attended to. first_only gives the
+        first token's state, (B, 1, d), and saves most of the last layer. Raises ValueError if T is
+        more than the model's positions.
         """
         T = input_ids.shape[1]
         if T > self.config.max_len:

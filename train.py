@@ -10,7 +10,8 @@
 Protocol of the CondLoRA paper (Kim et al. 2024, section 4): a tenth of the training set is held
 out and chooses the epoch; GLUE's dev set, seen once at the end, is the test. To see how training
 works, read the first three parts: training, the task and the model, a run. The command line
-follows; the last part, "What makes it fast", wraps the same step: in float32 it computes the same.
+follows; the last part, "What makes it fast", wraps the same step: in float32 it computes the same,
+up to rounding.
 """
 
 import json
@@ -20,7 +21,7 @@ import sys
 import time
 from pathlib import Path
 
-# cuBLAS sums in the same order each time only with this.
+# cuBLAS is deterministic only with this setting.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import numpy as np
@@ -122,7 +123,7 @@ def train(model, forward, data, metrics, args, ckpt):
     constant = constant_loss(split.labels.cpu())
     if IS_MASTER and history[-1]["loss"] > 0.98 * constant:
         print(f"the last training loss, {history[-1]['loss']:.3f}, is hardly better than a "
-              f"constant answer's, {constant:.3f}: try an --lr lower than {args.lr:g}, or more "
+              f"constant prediction's, {constant:.3f}: try an --lr lower than {args.lr:g}, or more "
               f"--epochs")
 
 
@@ -210,10 +211,10 @@ def text_of(scores):
 # The task and the model --------------------------------------------------------------------------
 
 def load_task(args, ckpt):
-    """(splits, metrics(predictions, labels), what a checkpoint says of them)
+    """(splits, metrics(predictions, labels), their entries in a checkpoint)
 
-    Raises ValueError if the checkpoint `ckpt` is of another kind of task, or is to be resumed and
-    has seen other rows.
+    Raises ValueError if the checkpoint `ckpt` is for another kind of task, or is to be resumed but
+    was trained on other rows.
     """
     file = args.resume or args.eval_only
     with reading(file):
@@ -230,9 +231,9 @@ def load_task(args, ckpt):
     has_changed = ckpt and ckpt.get("data", about["data"]) != about["data"]
     if has_changed and args.resume:
         raise ValueError(f"{file} was trained on other rows than {args.task} has now: resume with "
-                         f"the same data, or train anew")
+                         f"the same data, or start a new run")
     if IS_MASTER and has_changed:
-        print(f"the rows are not those that {file} was trained on: it may have seen some of them")
+        print(f"the data has changed since {file} was trained: it may have seen some of these rows")
     if IS_MASTER and is_own(args.task) and glue.look_like_scores(classes):
         print(f"the labels are {len(classes)} different numbers: if they are scores, add "
               f"--regression")
@@ -255,7 +256,7 @@ def build(args, model):
 
 def load_model(args, ckpt, n_out, device):
     """(the encoder's folder, its tokenizer, the model with the best epoch's weights if trained)"""
-    with reading(args.resume or args.eval_only):  # whose name an error gets
+    with reading(args.resume or args.eval_only):  # which an error names
         folder = find_encoder(args, ckpt, device)
         tok = tokenizer.load(folder)
         torch.manual_seed(args.seed)
@@ -267,7 +268,7 @@ def load_model(args, ckpt, n_out, device):
             tokenizer_sha256 = ckpt["encoder"].get("tokenizer", tok.sha256())
             if vars(model.config) != ckpt["config"] or tok.sha256() != tokenizer_sha256:
                 raise ValueError(f"config.json or the tokenizer in {folder} has changed since it "
-                                 f"was trained: restore it, or train anew")
+                                 f"was trained: restore it, or start a new run")
             copy_tensors(ckpt["weights"], trained_tensors(model))
     return folder, tok, model
 
@@ -303,7 +304,7 @@ def toy_encoder(args, device):
 def run(argv):
     args, ckpt = arguments(argv)
     device = pick_device(args.device)
-    if device.type != "mps":  # the same seed, the same results; a few percent of a step on CUDA
+    if device.type != "mps":  # same seed, same results; costs a few percent on CUDA
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False
     if PROCESSES > 1:
@@ -371,8 +372,8 @@ def encode(splits, tok, model, args, device):
     unknown = max((split.input_ids == tok.unk_id).sum().item() / split.lengths.sum()
                   for split in data.values())
     if IS_MASTER and unknown > 0.2:
-        print(f"the encoder does not know {unknown:.0%} of the tokens: is it of another language?",
-              file=sys.stderr)
+        print(f"{unknown:.0%} of the tokens are unknown to the encoder. Was it trained on another "
+              f"language?", file=sys.stderr)
     return data
 
 
@@ -415,7 +416,8 @@ def report(args, model, ckpt, folder, scores, train_labels, device):
 def arguments(argv):
     """(options, the checkpoint that --resume or --eval_only names or None).
 
-    A checkpoint's own settings hold; the command line may repeat them, but not change them.
+    A checkpoint's own settings hold. The command line may repeat them; it may change only the
+    data's folder and, with --eval_only, --dtype.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -456,7 +458,7 @@ def make_parser():
     add("--method", default="condlora", choices=(*METHODS, "full", "head"),
         help="what trains with the head: an adapter of lora, condlora, or condlora's controls "
         "tied (one A and B for all layers) and random (random matrices in W0's place); every "
-        "weight (full); or nothing (head); default: condlora")
+        "weight (full fine-tuning: full); or nothing (head); default: condlora")
     add("--init_from", help="pretrained encoder: a folder, or a name under data/models; default: "
         "the toy encoder, or roberta-base")
     add("--data_dir", default=DATA / "glue", type=lambda text: Path(text).resolve(),
@@ -472,16 +474,16 @@ def make_parser():
     add("--max_len", type=count, default=128,
         help="longest input, in tokens, at most the encoder's positions; default: 128")
     add("--warmup", type=between(float, 0, 1), default=0.1,
-        help="fraction of the steps in which the rate rises, then it falls to 0; default: 0.1")
+        help="fraction of the steps in which the rate rises; then it falls to 0; default: 0.1")
     add("--weight_decay", type=between(float, 0, 1e30), default=0.1, help="AdamW's; default: 0.1")
     add("--grad_clip", type=between(float, 0, 1e30), default=1.0,
         help="largest global norm of the gradient, 0 for no clipping; default: 1")
     add("--patience", type=count,
-        help="stop after so many epochs without a better validation score; default: never")
+        help="stop after this many epochs without a better validation score; default: never")
     add("--seed", type=between(int, 0, 2 ** 32 - 1), default=0,
-        help="the same seed on the same machine gives the same results; default: 0")
+        help="the same seed on the same machine gives the same results (not on mps); default: 0")
     add("--device", help="cuda, cpu or mps; default: the best available")
-    add("--dtype", choices=("float32", "bfloat16"), help="to compute in; what trains stays "
+    add("--dtype", choices=("float32", "bfloat16"), help="of the computation; what trains stays "
         "float32. Default: bfloat16 on cuda, else float32")
     add("--pretrain_steps", type=count, default=1500,
         help="of the toy encoder, if it does not exist yet; default: 1500")

@@ -1,4 +1,4 @@
-"""Shelves, each one format or one text.
+"""Supporting modules, each for one format or one kind of text.
 
 Texts: toy, glue, pieces, tokenizer, batches. Files: pretrained, peft_format, checkpoint, download,
 picture, command.

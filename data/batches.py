@@ -43,7 +43,7 @@ class Encoded:
     def batches(self, row_lists):
         """[(rows, width, padded)], arguments of `batch`, for each array of row numbers.
 
-        width and padded tell batches of different shape apart, which a GPU records one by one.
+        width and padded tell batches of different shape apart: each shape is a CUDA graph.
         """
         # One copy to the device, then split.
         all_rows = torch.from_numpy(np.concatenate(row_lists)).to(self.labels.device)

@@ -59,7 +59,7 @@ def check(checkpoint):
             raise ValueError(f"not a checkpoint of train.py: {name!r} is missing or damaged")
     for name, tensor in (*checkpoint["weights"].items(), *checkpoint["last"].items()):
         if not (tensor.is_floating_point() and tensor.isfinite().all()):
-            raise ValueError(f"{name:.60} is not of finite numbers")
+            raise ValueError(f"{name:.60} has values that are not finite floats")
     history = checkpoint["history"]
     for number, epoch in enumerate(history, 1):
         if epoch["epoch"] != number or not epoch["validation"] or not epoch["seconds"] > 0:

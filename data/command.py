@@ -1,4 +1,4 @@
-"""What every command line does: options, one line for a mistake, files read and written whole."""
+"""What every command line does: options, one-line errors, atomic writes."""
 
 import argparse
 import math
@@ -104,7 +104,7 @@ def check_outputs(outputs):
             continue
         try:
             if file.resolve() in taken:
-                raise ValueError("it is another output, too")
+                raise ValueError("it is also another output")
             if file.exists() and not file.is_file():
                 raise ValueError("it is not a file")
             if file.exists() and any(file.parent.glob("*config.json")):

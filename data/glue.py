@@ -239,7 +239,7 @@ def metrics(task, predictions, labels):
 
 
 def read_lines(file, n_texts):
-    """A Split without labels: each line of a file ("-" for standard input) is a text, or two."""
+    """A Split with labels 0: each line of a file ("-" for standard input) is a text, or two."""
     try:
         text = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
         text = text.decode("utf-8-sig")

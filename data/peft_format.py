@@ -38,7 +38,7 @@ def export(model, encoder, folder):
     if not layers:
         raise ValueError("--method head and full have no adapter to export: use another method")
     if any(layer in model.head.modules() for layer in layers.values()):
-        raise ValueError("the head is adapted: PEFT cannot save it whole, too")
+        raise ValueError("the head is adapted: PEFT cannot also save it whole")
     tensors = {}
     for name, layer in layers.items():
         for letter, factor in zip("AB", layer.factors()):

@@ -62,7 +62,7 @@ class Picture:
 
 
 def maps(headline, title, table, numbers):
-    """φ of every two layers, a map for each matrix: trained above the diagonal, control below.
+    """φ of every pair of layers, a map for each matrix: trained above the diagonal, control below.
 
     table: {target: {matrix: {"map", "control_map": (L, L) lists, "random": (mean, deviation)}}};
     numbers: the layers'. If training adds nothing, a map looks symmetric.
@@ -75,8 +75,8 @@ def maps(headline, title, table, numbers):
     drawing = Picture(max(30 + columns * (size + 60), 820),
                       90 + math.ceil(len(flat) / columns) * (size + 100))
     drawing.text(16, 28, headline, 16)
-    drawing.text(16, 50, f"{title}. \u03c6 of every two layers: above the diagonal trained, below "
-                         f"it untrained", 12)
+    drawing.text(16, 50, f"{title}. \u03c6 of every pair of layers: above the diagonal trained, "
+                         f"below it untrained", 12)
     for n, (name, row, same_target) in enumerate(flat):
         x, y = 40 + n % columns * (size + 60), 96 + n // columns * (size + 100)
         # One scale for a target's matrices, from the random baseline up.

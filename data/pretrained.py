@@ -61,7 +61,7 @@ def hf_name(name, model_type):
 def load(path, n_out=2):
     """The Transformer of a folder with config.json and model.safetensors or pytorch_model.bin.
 
-    Weights are found with and without the prefix "bert.", "roberta." or "mpnet.", and kept in
+    Weights are found with and without the prefix "bert.", "roberta." or "mpnet.", and converted to
     float32. A head that is missing or has another number of outputs than n_out is re-initialized;
     other keys (the MLM head) are ignored. Raises FileNotFoundError or ValueError, naming the file
     and what is missing or does not fit.
@@ -162,8 +162,8 @@ def weights_file(path):
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (Path(path) / name).is_file():
             return Path(path) / name
-    raise FileNotFoundError(f"{path} has neither model.safetensors nor pytorch_model.bin; weights "
-                            f"in several files are not read")
+    raise FileNotFoundError(f"{path} has neither model.safetensors nor pytorch_model.bin; "
+                            f"sharded weights are not supported")
 
 
 DTYPES = {

@@ -3,8 +3,8 @@
     tok = load("data/models/roberta-base")
     input_ids, token_type_ids = tok.encode("A first sentence.", "Perhaps a second.", max_len=128)
 
-data/pieces.py has the algorithms, WordPiece and byte-level BPE; here are what surrounds them, and
-how a folder is read.
+data/pieces.py has the algorithms, WordPiece and byte-level BPE; this file adds special tokens,
+pairs and truncation, and reads folders.
 """
 
 import hashlib

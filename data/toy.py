@@ -158,7 +158,7 @@ CONFIG = Config(vocab_size=len(vocabulary()), hidden_size=64, num_hidden_layers=
 
 
 def make_encoder(folder, steps, device):
-    """Pretrain the toy encoder for so many steps and write it to `folder`."""
+    """Pretrain the toy encoder for `steps` steps and write it to `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(vocabulary()) + "\n")
     pretrained.save(pretrain(CONFIG, tokenizer.load(folder), steps, device), folder)

@@ -360,7 +360,7 @@ def test_two_checkpoints_compare_in_either_order(checkpoint, capsys):
 def test_rectangular_targets_are_marked_as_least_squares(checkpoint, capsys):
     out = run(capsys, checkpoint("lora", "--targets", "fc1", "query"), "--json", "out.json")
     assert json.load(open("out.json"))["least_squares"] == {"query": [], "fc1": ["0", "1"]}
-    assert "rectangular or singular, so least squares: fc1" in out
+    assert "rectangular or singular, so by least squares: fc1" in out
     out = run(capsys, checkpoint("condlora", "--targets", "fc1", "fc2"), "--json", "out.json")
     assert set(json.load(open("out.json"))["theta"]) == {"fc1", "fc2"}
     assert "theta^T" not in out and "the column 'random' for unrelated" in out
@@ -409,7 +409,7 @@ def test_a_mistake_gets_one_line_and_exit_status_2(checkpoint, capsys, tmp_path,
     )
     assert "--device tpu is not available: use" in fails(capsys, lora, "--device", "tpu")
     assert "invalid choice: 'top'" in fails(capsys, lora, "--side", "top")
-    assert "--json x cannot be written: it is another output, too" in fails(
+    assert "--json x cannot be written: it is also another output" in fails(
         capsys, lora, "--svg", "x", "--json", "./x"
     )
     for option in ("--svg", "--json"):

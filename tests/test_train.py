@@ -212,9 +212,9 @@ def test_each_epoch_and_each_process_has_dropout_of_its_own(little, capsys, monk
 def test_a_run_that_ends_at_a_constant_answer_says_so(little, capsys):
     """sst2's labels here are half and half: a constant answer's loss is log 2."""
     out = "\n".join(run([*little, "--method", "head", "--lr", "1e-9"], capsys)[1])
-    assert "hardly better than a constant answer's, 0.69" in out and "--lr" in out
+    assert "hardly better than a constant prediction's, 0.69" in out and "--lr" in out
     out = "\n".join(run([*little, "--method", "full", "--lr", "1e-2", "--epochs", 6], capsys)[1])
-    assert "constant answer" not in out
+    assert "constant prediction" not in out
 
 
 def test_a_run_is_not_resumed_with_other_rows(little, capsys, tmp_path):
@@ -224,7 +224,7 @@ def test_a_run_is_not_resumed_with_other_rows(little, capsys, tmp_path):
     file.write_text(good.replace("\t0\n", "\t1\n", 1))
     assert "ckpt.pt was trained on other rows" in fails(["--resume", "ckpt.pt"], capsys)
     _, lines = run(["--eval_only", "ckpt.pt"], capsys)  # it may be evaluated, and is told
-    assert "the rows are not those that ckpt.pt was trained on: it may have seen some of" in lines[0]
+    assert "the data has changed since ckpt.pt was trained: it may have seen" in lines[0]
     ckpt = torch.load("ckpt.pt", weights_only=True)
     torch.save({name: ckpt[name] for name in ckpt if name != "data"}, "old.pt")
     run(["--resume", "old.pt"], capsys)
@@ -248,11 +248,11 @@ def test_words_that_the_encoder_does_not_know_and_a_missing_test_are_said(
     write_own(tmp_path / "mine", [f"zzz qqq {'xyz ' * (i % 3)}\t{i % 2}" for i in range(20)])
     train.main([*map(str, little), "--task", "mine"])
     printed = capsys.readouterr()
-    assert "the encoder does not know 60% of the tokens" in printed.err
+    assert "60% of the tokens are unknown to the encoder" in printed.err
     assert "mine has no dev.tsv, so there will be no test scores" in printed.out
     train.main([*map(str, little), "--task", "sst2"])
     printed = capsys.readouterr()
-    assert "does not know" not in printed.err and "no dev.tsv" not in printed.out
+    assert "unknown" not in printed.err and "no dev.tsv" not in printed.out
     assert "ckpt.pt will be replaced" in printed.out
 
 
@@ -330,7 +330,7 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
         (["--out", "/dev/full"], "--out /dev/full cannot be written: it is not a file"),
         (["--out", "a" * 252 + ".pt"], "cannot be written: File name too long"),
         (["--history", "nowhere/log"], "--history nowhere/log cannot be written"),
-        (["--history", "ckpt.pt"], "--history ckpt.pt cannot be written: it is another output, too"),
+        (["--history", "ckpt.pt"], "--history ckpt.pt cannot be written: it is also another output"),
         (["--out", "bert/config.json"], "--out bert/config.json cannot be written: it is part of"),
         (["--history", "notes.txt"], "--history notes.txt cannot be written: it exists, and is anoth"),
         (["--out", "notes.txt"], "--out notes.txt cannot be written: it exists, and is another k"),
