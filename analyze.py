@@ -120,11 +120,6 @@ class Target(NamedTuple):
     is_exact: torch.Tensor  # False where `inverse` is a pseudo-inverse (L,)
 
     @property
-    def rank(self):
-        """How many singular vectors A and B have."""
-        return min(*self.A.shape[1:], *self.B.shape[1:])
-
-    @property
     def factors(self):
         return {"A": self.A.mT, "B": self.B}  # (L, d, r) both
 
@@ -142,7 +137,7 @@ class Target(NamedTuple):
 
         A is uniform, as adapt has it; B is Gaussian, since zero spans nothing.
         """
-        old_A, old_B = self.thetas or (self.A, self.B)
+        old_A, old_B = self.thetas or (self.A, self.B)  # what the method trains
         bound = 1 / math.sqrt(old_A.shape[-1])
         A = torch.empty(old_A.shape, dtype=torch.float64).uniform_(-bound, bound, generator=rng)
         A, B = A.to(old_A.device), gaussian(old_B.shape, rng, old_B.device)
@@ -176,7 +171,7 @@ def similarity(target, i, j, side):
 
     trained     of the compared matrices; "map" has every pair of layers
     control     (mean, sd) of untrained factors through the same W0; "control_map" their mean
-    random      (mean, sd) of Gaussian matrices of the same shape
+    random      (mean, sd) of Gaussian matrices of these shapes; of a product of two for BA
     z           of trained, in sd of the control
     raw         of A^T, B and B A themselves; raw_random, raw_z: as above, against Gaussian ones
 
@@ -207,8 +202,8 @@ def similarity(target, i, j, side):
         row = {"trained": mean_of_pairs(trained[name]), "raw": mean_of_pairs(raw[name])}
         for kind, drawn in draws.items():
             row[kind] = mean_and_deviation(mean_of_pairs(phis[name]) for phis in drawn)
-        row["z"] = z_score(row["trained"], row["control"])
-        row["raw_z"] = z_score(row["raw"], row["raw_random"])
+        row["z"] = (row["trained"] - row["control"][0]) / row["control"][1]
+        row["raw_z"] = (row["raw"] - row["raw_random"][0]) / row["raw_random"][1]
         row["map"] = trained[name].tolist()
         row["control_map"] = torch.stack([phis[name] for phis in draws["control"]]).mean(0).tolist()
         rows[name] = row
@@ -224,11 +219,6 @@ def mean_of_pairs(square):
 def mean_and_deviation(values):
     values = torch.tensor(list(values), dtype=torch.float64)
     return values.mean().item(), values.std().item()
-
-
-def z_score(value, baseline):
-    mean, deviation = baseline
-    return (value - mean) / deviation
 
 
 def comparison(one, two, i, j):
@@ -312,6 +302,7 @@ def flat(table):
 def verdict(table, is_condlora):
     """What training makes similar and what it does not: sentences, the finding first."""
     names = lambda holds: ", ".join(name for name, row in flat(table) if holds(row))
+    # So it is in CondLoRA's adapters that were exported to PEFT, and are read as LoRA.
     is_same = lambda row: not is_condlora and row["trained"] > 0.99 and row["z"] > 3
     same, shared = names(is_same), names(lambda row: row["raw"] > 0.99)
     more = names(lambda row: row["z"] > 3 and not is_same(row))
@@ -363,7 +354,7 @@ def print_tables(result, file, compared_file, level, verbose):
     rows = [[name, f"{row['trained']:.4f}", plus_minus(row["control"]), f"{row['z']:+.1f} sd",
              plus_minus(row["random"]), f"{row['raw']:.4f}", f"{row['raw_z']:+.1f} sd"]
             for name, row in flat(result["similarity"])]
-    columns = 5 if is_condlora else 7  # CondLoRA's last two would be its first again
+    columns = 5 if is_condlora else 7  # of CondLoRA, A and B are what is compared already
     show(header[:columns], [row[:columns] for row in rows])
     print("\n".join(result["verdict"]) + "\n")
     if verbose:
@@ -405,7 +396,7 @@ def read(file, init_from, device):
         if len(numbers) != 1 or len(numbers.pop()) < 2:
             raise ValueError(f"each target must be adapted in the same layers, at least two; here "
                              f"it is {describe(targets)}")
-    return task, layer.settings["method"], targets
+    return task, layer.settings["method"], targets  # any layer's
 
 
 def stacked(layers, device):
@@ -419,7 +410,8 @@ def stacked(layers, device):
 
     first, *others = layers.values()
     W0 = stack("W0", [layer.weight for layer in layers.values()])
-    A, B = (stack(*x) for x in zip("AB", zip(*(layer.factors() for layer in layers.values()))))
+    factors = [layer.factors() for layer in layers.values()]
+    A, B = (stack("AB"[k], [pair[k] for pair in factors]) for k in (0, 1))
     conversion = getattr(first, "conversion", None)
     if any(getattr(layer, "conversion", None) is not conversion for layer in others):
         raise ValueError(f"{', '.join(layers):.100} have different thetas: adapt them under one "
@@ -476,7 +468,7 @@ def run(argv):
         if describe(targets) != describe(others):
             raise ValueError(f"{file} and {args.compare} are of different shapes: "
                              f"{describe(targets)}, and {describe(others)}")
-    rank = min(target.rank for target in targets.values())
+    rank = min(target.A.shape[1] for target in targets.values())
     i, j = (rank if k is None else k for k in (args.i, args.j))
     if not (1 <= i <= rank and 1 <= j <= rank):
         raise ValueError(f"--i {i} --j {j}: both must be from 1 to the rank, {rank}")
@@ -488,9 +480,9 @@ def run(argv):
                     "side": args.side}
         write(args.json, (json.dumps(settings | result, indent=1) + "\n").encode())
     print(title + "\n")
-    level, sizes = max(i, j), {d for target in targets.values() for d in target.W0.shape[1:]}
-    level = (f"{level}/{min(sizes)} = {level / min(sizes):.3g}" if args.side == "left"
-             and len(sizes) == 1 else "the column 'random'")
+    k, sizes = max(i, j), {d for target in targets.values() for d in target.W0.shape[1:]}
+    level = (f"{k}/{min(sizes)} = {k / min(sizes):.3g}" if args.side == "left" and len(sizes) == 1
+             else "the column 'random'")
     print_tables(result, file, args.compare, level, args.verbose)
     print(f"picture: {svg}")
 

@@ -38,7 +38,8 @@ def convert(M, theta_A, theta_B):
     M = M.to(theta_A.dtype)
     # A must have d_in columns. The paper's M is square; of a rectangular one only M^T fits.
     square = M.shape[-2] == M.shape[-1]
-    A = ((M if square else M.mT) @ theta_A.T).mT
+    M_A = M if square else M.mT  # (d_in, d_out)
+    A = (M_A @ theta_A.T).mT
     B = M @ theta_B.T
     return A, B
 
@@ -66,8 +67,8 @@ class AdaptedLinear(nn.Module):
         self.weight, self.bias, self.settings = weight, bias, settings  # a dict: see SETTINGS
         self.out_features, self.in_features = weight.shape
         self.scale = settings["alpha"] / settings["rank"]
-        # If set, forward uses it as W0 + dW: set by merge, or for one forward pass by train.py's
-        # with_summed_weights. It is not saved in the state dict.
+        # If set, forward uses it as W0 + dW and skips the factors. merge caches it; train.py sets
+        # it anew, with its graph, for each forward pass. It is not saved in the state dict.
         self.register_buffer("merged", None, persistent=False)
 
     def factors(self):
@@ -238,12 +239,11 @@ def load_adapter(model, file):
         first = next(iter(layers.values()))
         theirs = settings | {"layers": saved["layers"]}
         ours = first.settings | {"layers": list(layers)}
-        names = ["method", "rank", "alpha", "layers"]  # these say what the targets were
-        if ours["method"] == "random":
-            names.append("seed")
-        for name in names:
-            if theirs[name] != ours[name]:
+        for name in ("method", "rank", "alpha", "layers", "seed"):
+            matters = name != "seed" or ours["method"] == "random"
+            if matters and theirs[name] != ours[name]:
                 raise ValueError(f"{name} is {theirs[name]!s:.80}, in the model {ours[name]!s:.80}")
+        # Also frozen ones, as the head of a fresh model is.
         known = {name: p for name, p in model.named_parameters() if name in weights}
         copy_tensors(weights, trained_tensors(model) | known)
     except FileNotFoundError:
@@ -280,10 +280,11 @@ def adapter_parameters(model):
     """
     modules, parameters = set(model.modules()), []
     for name, layer in adapted_layers(model).items():
-        if getattr(layer, "conversion", layer) not in modules:  # a LoRALinear has none
+        conversion = getattr(layer, "conversion", None)  # None in LoRA
+        if conversion and conversion not in modules:
             raise ValueError(f"the theta_A and theta_B of {name} belong to a layer that is no "
                              f"longer in the model: keep the first adapted layer of each target")
-        parameters += [p for last, p in layer.named_parameters() if last not in ("weight", "bias")]
+        parameters += [p for key, p in layer.named_parameters() if key not in ("weight", "bias")]
     return parameters
 
 

@@ -29,7 +29,7 @@ class Config:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
-    # In RoBERTa and MPNet this includes pad_token_id + 1 positions that no token uses.
+    # In RoBERTa and MPNet this includes pad_token_id + 1 positions that no real token uses.
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     pad_token_id: int = 0

@@ -5,7 +5,7 @@
     python train.py --task mrpc --init_from roberta-base     # GLUE
     python train.py --task FOLDER --init_from roberta-base   # your own train.tsv and dev.tsv
     python train.py --eval_only ckpt.pt                      # evaluate a checkpoint
-    python train.py --eval_only ckpt.pt --predict FILE       # a label for each line of FILE
+    python train.py --eval_only ckpt.pt --predict FILE       # a label or a score for each line
 
 Protocol of the CondLoRA paper (Kim et al. 2024, section 4): a tenth of the training set is held
 out and chooses the epoch; GLUE's dev set, seen once at the end, is the test. To see how training
@@ -64,9 +64,9 @@ def train(model, forward, data, metrics, args, ckpt):
     """Train for args.epochs epochs, or for those that the checkpoint `ckpt` lacks.
 
     forward(*inputs) gives logits: it is the model, or a faster equivalent (`prepare`). data is
-    {"train", "validation": Encoded}; a batch of it is row numbers, the width to cut them at, and
-    whether some are padded. After each epoch the dict `ckpt` (its entries: data/checkpoint.py) gets
-    the epoch's history and weights and is saved.
+    {"train", "validation": Encoded}; a batch of it is row numbers, the length to cut them at, and
+    whether some are shorter. After each epoch the dict `ckpt` (its entries: data/checkpoint.py)
+    gets the epoch's history and weights and is saved.
     """
     split, history = data["train"], ckpt["history"]
     device, n = split.labels.device, len(split.labels)
@@ -74,7 +74,7 @@ def train(model, forward, data, metrics, args, ckpt):
     if history:
         with reading(args.resume):
             checkpoint.unpack_state(ckpt, model, optimizer)
-    elif args.history and IS_MASTER:
+    elif args.history and IS_MASTER:  # the file that --history names
         args.history.write_text("")
     step = make_step(forward, split, optimizer, args.grad_clip)
     if device.type == "cuda" and not args.no_graphs:
@@ -105,11 +105,10 @@ def train(model, forward, data, metrics, args, ckpt):
 
         scores = evaluate(model, forward, data["validation"], metrics, args.batch_size)
         history.append({"epoch": epoch, "loss": loss, "seconds": seconds, "validation": scores})
-        state = checkpoint.pack_state(model, optimizer)  # {"last": weights, "optimizer": ...}
-        ckpt.update(state)
+        ckpt.update(checkpoint.pack_state(model, optimizer))  # "last" weights and "optimizer"
         is_best = best_of(history)["epoch"] == epoch
         if is_best:
-            ckpt.update(best_epoch=epoch, weights=state["last"])
+            ckpt.update(best_epoch=epoch, weights=ckpt["last"])
         if IS_MASTER:
             checkpoint.save(ckpt, args.out)
             tqdm.write(f"epoch {epoch:2d}  loss {loss:.3f}  validation {text_of(scores)}"
@@ -128,7 +127,7 @@ def train(model, forward, data, metrics, args, ckpt):
 
 
 def make_step(forward, split, optimizer, grad_clip):
-    """step(rows, width, padded): one training step on that batch; returns the summed loss."""
+    """step(rows, width, padded): one training step; returns the sum of this process's losses."""
     [group] = optimizer.param_groups
 
     def step(rows, width, padded):
@@ -136,7 +135,7 @@ def make_step(forward, split, optimizer, grad_clip):
         inputs, labels = split.batch(share, width, padded)
         loss = summed_loss(forward(*inputs), labels)
         optimizer.zero_grad()
-        (loss / len(rows)).backward()
+        (loss / len(rows)).backward()  # not len(share): gradients are summed over processes
         if PROCESSES > 1:
             sum_gradients(group["params"])
         if grad_clip:
@@ -430,15 +429,15 @@ def arguments(argv):
     ckpt = checkpoint.load(file)
     kept_names = vars(args).keys() - set(NOT_KEPT)
     # The checkpoint's settings become the defaults. As text they are checked like typed ones:
-    # `kept` is what the checkpoint says by itself, `args` has the command line on top.
+    # `from_file` is what the checkpoint says, `args` has the command line on top.
     settings = {name: value if value is None or name in ("targets", "regression") else str(value)
                 for name, value in ckpt["settings"].items() if name in kept_names}
     parser.set_defaults(**settings, out=file)
     with reading(file):
-        kept = parser.parse_args([])
+        from_file = parser.parse_args([])
     args = parser.parse_args(argv)
     for name in settings:
-        given, value = getattr(args, name), getattr(kept, name)
+        given, value = getattr(args, name), getattr(from_file, name)
         is_folder = name == "task" and is_own(given) and is_own(value)
         may_differ = is_folder or name == "data_dir" or (name == "dtype" and args.eval_only)
         if given != value and not may_differ:
@@ -566,7 +565,7 @@ def prepare(model, args, device):
     """Prepare the model for args.dtype and the device, in place; returns forward(*inputs), its
     logits."""
     bfloat16 = args.dtype == "bfloat16"
-    if device.type == "cuda":  # affects only the head's float32 products
+    if device.type == "cuda":  # in bfloat16 this affects only the head's float32 products
         torch.set_float32_matmul_precision("high" if bfloat16 else "highest")
     if bfloat16 and args.method == "full":
         def forward(*inputs):
@@ -576,9 +575,9 @@ def prepare(model, args, device):
     if bfloat16:
         # Frozen weights in bfloat16: half the memory, and no casts in a step. What trains stays
         # float32, and so does W0, to which an update is added.
-        W0 = {id(layer.weight) for layer in adapted_layers(model).values()}
+        W0_ids = {id(layer.weight) for layer in adapted_layers(model).values()}
         for p in model.parameters():
-            if not p.requires_grad and id(p) not in W0:
+            if not p.requires_grad and id(p) not in W0_ids:
                 p.data = p.data.to(torch.bfloat16)
     if bfloat16 or device.type == "cuda":
         return with_summed_weights(model, getattr(torch, args.dtype))
@@ -605,7 +604,7 @@ def with_summed_weights(model, dtype):
             layer.weight.data = weight
         M = None
         if conversion and layers[0].M is not None:
-            is_W0 = layers[0].M is layers[0].weight
+            is_W0 = layers[0].M is layers[0].weight  # which needs no second copy
             M = (W0 if is_W0 else torch.stack([layer.M for layer in layers])).to(dtype)
         groups.append((layers, W0, conversion, M))
 
@@ -640,25 +639,22 @@ class Recorded:
         shape = len(rows), width, padded
         if shape not in self.graphs:
             self.graphs[shape] = None
-            return self.on_side_stream(rows, width, padded)
+            # CUDA requires a warm-up on a side stream before capture.
+            stream, usual = torch.cuda.Stream(), torch.cuda.current_stream()
+            stream.wait_stream(usual)
+            with torch.cuda.stream(stream):
+                result = self.step(rows, width, padded)
+            usual.wait_stream(stream)
+            return result
         if self.graphs[shape] is None:
-            graph, place = torch.cuda.CUDAGraph(), rows.clone()
+            graph, input_rows = torch.cuda.CUDAGraph(), rows.clone()
             # NCCL's watchdog thread may call CUDA during capture.
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                result = self.step(place, width, padded)
-            self.graphs[shape] = graph, place, result
-        graph, place, result = self.graphs[shape]
-        place.copy_(rows)
+                result = self.step(input_rows, width, padded)
+            self.graphs[shape] = graph, input_rows, result
+        graph, input_rows, result = self.graphs[shape]
+        input_rows.copy_(rows)
         graph.replay()
-        return result
-
-    def on_side_stream(self, *arguments):
-        """CUDA requires a warm-up on a side stream before capture."""
-        stream, usual = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(usual)
-        with torch.cuda.stream(stream):
-            result = self.step(*arguments)
-        usual.wait_stream(stream)
         return result
 
 
