@@ -328,11 +328,11 @@ PANELS = {"rte": ("RTE, accuracy", 45, 80, 5), "cola": ("CoLA, Matthews", 48, 60
 def figure(args):
     """Test score against trainable parameters, a panel a task."""
     rows, drawing = read(args.csv), Picture(860, 840)
-    drawing.text(20, 30, "CondLoRA's controls do as well without W0; on RTE tied does better", 17)
-    drawing.text(20, 52, "Test score of the best epoch, all-mpnet-base-v2. A bar spans the seeds, a "
-                         "dashed line is the head alone, if it is in range.", 12)
-    drawing.text(20, 70, "CondLoRA, tied and random have the same number of parameters: they stand "
-                         "side by side.", 12)
+    drawing.text(20, 30, "CondLoRA's controls score similarly without W0; on RTE tied is better", 17)
+    drawing.text(20, 52, "Test score, epoch chosen on validation, all-mpnet-base-v2. A bar spans the "
+                         "seeds, a dashed line is the head alone, if it is in range.", 12)
+    drawing.text(20, 70, "CondLoRA, tied and random have 24,576 parameters each, and stand side by "
+                         "side.", 12)
     for number, (task, (title, low, high, step)) in enumerate(PANELS.items()):
         left, top, width, height = 60 + 410 * (number % 2), 120 + 250 * (number // 2), 340, 160
         settings = {"epochs": 3} if task == "sst2" else {}
