@@ -328,9 +328,9 @@ PANELS = {"rte": ("RTE, accuracy", 45, 80, 5), "cola": ("CoLA, Matthews", 48, 60
 def figure(args):
     """Test score against trainable parameters, a panel a task."""
     rows, drawing = read(args.csv), Picture(860, 840)
-    drawing.text(20, 30, "CondLoRA's controls score similarly without W0; on RTE tied is better", 17)
-    drawing.text(20, 52, "Test score, epoch chosen on validation, all-mpnet-base-v2. A bar spans the "
-                         "seeds, a dashed line is the head alone, if it is in range.", 12)
+    drawing.text(20, 30, "CondLoRA's controls score alike without W0; on RTE tied is better", 17)
+    drawing.text(20, 52, "Test score, epoch chosen on validation, all-mpnet-base-v2. A bar spans "
+                         "the seeds, a dashed line is the head alone, if it is in range.", 12)
     drawing.text(20, 70, "CondLoRA, tied and random have 24,576 parameters each, and stand side by "
                          "side.", 12)
     for number, (task, (title, low, high, step)) in enumerate(PANELS.items()):
