@@ -215,7 +215,7 @@ def without(key):
         (
             {"intermediate_size": 20},
             None,
-            r"intermediate.dense.weight is torch.float32 of shape \(12, 8\), config.json says \(20, 8\)",
+            r"intermediate.dense.weight is torch.float32 of shape \(12, 8\), config.json .* \(20, 8\)",
         ),
     ],
 )
@@ -230,7 +230,7 @@ def test_missing_and_damaged_files_are_named(bert_folder, tmp_path):
     with pytest.raises(ValueError, match="pytorch_model.bin: not a PyTorch file of plain tensors"):
         pretrained.load(bert_folder)
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match="has neither model.safetensors nor pytorch_model.bin"):
+    with pytest.raises(FileNotFoundError, match="has neither model.safetensors nor pytorch_model"):
         pretrained.load(bert_folder)
     (bert_folder / "config.json").write_text("{")
     with pytest.raises(ValueError, match="config.json: JSONDecodeError"):
