@@ -215,7 +215,7 @@ def without(key):
         (
             {"intermediate_size": 20},
             None,
-            r"intermediate.dense.weight is torch.float32 of shape \(12, 8\), config.json .* \(20, 8\)",
+            r"intermediate.dense.weight is torch.float32 of shape \(12, 8\), .* \(20, 8\)",
         ),
     ],
 )

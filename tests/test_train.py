@@ -332,7 +332,7 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
         (["--history", "nowhere/log"], "--history nowhere/log cannot be written"),
         (["--history", "ckpt.pt"], "--history ckpt.pt cannot be written: it is also another outp"),
         (["--out", "bert/config.json"], "--out bert/config.json cannot be written: it is part of"),
-        (["--history", "notes.txt"], "--history notes.txt cannot be written: it exists, and is ano"),
+        (["--history", "notes.txt"], "--history notes.txt cannot be written: it exists, and is"),
         (["--out", "notes.txt"], "--out notes.txt cannot be written: it exists, and is another k"),
         (["--history", "glue/SST-2/dev.tsv"], "--history .* cannot be written: it exists, and is "),
         (["--out", "bert/pytorch_model.bin"], "pytorch_model.bin cannot be written: it is part of"),
