@@ -202,8 +202,8 @@ def similarity(target, i, j, side):
         row = {"trained": mean_of_pairs(trained[name]), "raw": mean_of_pairs(raw[name])}
         for kind, drawn in draws.items():
             row[kind] = mean_and_deviation(mean_of_pairs(phis[name]) for phis in drawn)
-        row["z"] = (row["trained"] - row["control"][0]) / row["control"][1]
-        row["raw_z"] = (row["raw"] - row["raw_random"][0]) / row["raw_random"][1]
+        row["z"] = z_score(row["trained"], row["control"])
+        row["raw_z"] = z_score(row["raw"], row["raw_random"])
         row["map"] = trained[name].tolist()
         row["control_map"] = torch.stack([phis[name] for phis in draws["control"]]).mean(0).tolist()
         rows[name] = row
@@ -219,6 +219,12 @@ def mean_of_pairs(square):
 def mean_and_deviation(values):
     values = torch.tensor(list(values), dtype=torch.float64)
     return values.mean().item(), values.std().item()
+
+
+def z_score(value, baseline):
+    mean, deviation = baseline
+    # Where all layers have one W0, CondLoRA's phi is always 1: rounding is all the deviation.
+    return (value - mean) / deviation if deviation > 1e-9 else 0.0
 
 
 def comparison(one, two, i, j):

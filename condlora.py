@@ -226,7 +226,7 @@ def load_adapter(model, file):
     which then requires a gradient. Returns the model, merged again if it was. Raises ValueError,
     with the model's weights untouched, if method, rank, alpha or the adapted layers differ, or if a
     tensor is missing, unexpected or of another shape; a fresh model may be adapted by then. Raises
-    FileNotFoundError if there is no such file. Loading never runs code (weights_only=True).
+    FileNotFoundError if the file does not exist. Loading never runs code (weights_only=True).
     """
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
@@ -276,14 +276,14 @@ def adapted_layers(model):
 def adapter_parameters(model):
     """The adapter's parameters, each theta once, without the head's.
 
-    Raises ValueError if the layer that registers a Conversion is no longer in the model.
+    Raises ValueError if the layer that registers a Conversion was removed from the model.
     """
     modules, parameters = set(model.modules()), []
     for name, layer in adapted_layers(model).items():
         conversion = getattr(layer, "conversion", None)  # None in LoRA
         if conversion and conversion not in modules:
-            raise ValueError(f"the theta_A and theta_B of {name} belong to a layer that is no "
-                             f"longer in the model: keep the first adapted layer of each target")
+            raise ValueError(f"the layer that holds theta_A and theta_B of {name} was removed from "
+                             f"the model: keep the first adapted layer of each target")
         parameters += [p for key, p in layer.named_parameters() if key not in ("weight", "bias")]
     return parameters
 

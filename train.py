@@ -264,8 +264,8 @@ def load_model(args, ckpt, n_out, device):
             raise ValueError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, the model "
                              f"{model.config.vocab_size}")
         if ckpt:
-            tokenizer_sha256 = ckpt["encoder"].get("tokenizer", tok.sha256())
-            if vars(model.config) != ckpt["config"] or tok.sha256() != tokenizer_sha256:
+            sha256 = ckpt["encoder"].get("tokenizer")  # which older checkpoints lack
+            if vars(model.config) != ckpt["config"] or sha256 not in (None, tok.sha256()):
                 raise ValueError(f"config.json or the tokenizer in {folder} has changed since it "
                                  f"was trained: restore it, or start a new run")
             copy_tensors(ckpt["weights"], trained_tensors(model))

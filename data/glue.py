@@ -215,7 +215,7 @@ def find_task(name, regression=False):
     task = TASKS.get(name.lower().replace("-", ""))
     if not task and not os.path.isdir(name):  # False also of a name that is too long
         if Path(name).is_absolute():
-            raise ValueError(f"there is no folder {name:.150}: say where it is with --task")
+            raise ValueError(f"folder {name:.150} not found: say where it is with --task")
         raise ValueError(f"{name!r:.100} is neither a folder nor one of {', '.join(TASKS)}")
     return task or own_task(name, regression)
 

@@ -29,7 +29,7 @@ def export(model, encoder, folder):
     """Write the adapter, CondLoRA's as the LoRA that it makes, and the head into `folder`.
 
     It is for transformers' AutoModelForSequenceClassification of `encoder`, with as many labels
-    as the head has outputs. Raises ValueError if there is no adapter, or the folder is not new.
+    as the head has outputs. Raises ValueError if the model has none, or the folder is not new.
     """
     kind = model.config.model_type
     # hf_name knows "attention.out." by its dot.

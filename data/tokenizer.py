@@ -153,7 +153,7 @@ def load(path):
 
 
 def read_json(file):
-    """The object in a JSON file, or an empty one if there is no such file."""
+    """The object in a JSON file, or {} if the file does not exist."""
     with reading(file):
         return dict(json.loads(file.read_text("utf-8")).items()) if file.is_file() else {}
 

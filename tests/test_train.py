@@ -396,7 +396,7 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
     (tmp_path / "texts").write_text(texts[0])
     train.main(["--eval_only", "ckpt.pt", "--predict", "texts", "--device", "cpu"])  # needs no data
     assert capsys.readouterr().out.splitlines() == expected[:1]
-    assert "mine: say where it is with --task" in fails(["--eval_only", "ckpt.pt"], capsys)
+    assert "mine not found: say where it is with --task" in fails(["--eval_only", "ckpt.pt"], capsys)
     assert (
         run(["--eval_only", "ckpt.pt", "--task", "moved", "--device", "cpu"], capsys)[0]["test"]
         == table["test"]
