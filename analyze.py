@@ -331,7 +331,7 @@ def verdict(table, is_condlora):
         lines += [f"A and B themselves, without W0^-1, are more similar than random by more than "
                   f"3 sd in: {raw}."]
     elif not (shared or is_condlora):
-        lines += ["A and B themselves, without W0^-1, are no more similar than random."]
+        lines += ["A and B themselves, without W0^-1, exceed random in no row by 3 sd."]
     return lines
 
 

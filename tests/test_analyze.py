@@ -375,13 +375,13 @@ def test_the_verdict_names_what_is_beyond_its_control_and_what_is_the_same_by_co
     row = lambda **changes: {"trained": 0.1, "z": 0.0, "raw": 0.1, "raw_z": 0.0} | changes
     say = lambda **rows: " ".join(analyze.verdict({"value": rows}, is_condlora=False))
     assert "No row exceeds its control by 3 sd" in say(A=row(z=2.9))
-    assert "no more similar than random" in say(A=row(z=2.9))
+    assert "exceed random in no row by 3 sd" in say(A=row(z=2.9))
     text = say(A=row(z=3.1), B=row(z=-4.0, raw_z=20.0))
     assert "Beyond the control by more than 3 sd: value A." in text
     assert "more similar than random by more than 3 sd in: value B." in text
     assert "That is how CondLoRA makes A and B" in say(A=row(trained=1.0, z=165.0))
     assert "Beyond the control" not in say(A=row(trained=1.0, z=165.0))
-    assert "no more similar" not in say(A=row(raw=1.0, raw_z=99.0))
+    assert "exceed random" not in say(A=row(raw=1.0, raw_z=99.0))
     assert "All layers share one factor" in say(A=row(raw=1.0, raw_z=99.0))
 
 
