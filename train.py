@@ -217,8 +217,8 @@ def load_task(args, ckpt):
     """
     file = args.resume or args.eval_only
     with reading(file):
-        if args.task in toy.TASKS:
-            splits, classes, metrics = toy.load(args.task), ("0", "1"), glue.accuracy
+        if args.task == "toy":
+            splits, classes, metrics = toy.load(), ("0", "1"), glue.accuracy
         else:
             task = glue.find_task(args.task, args.regression)
             splits, classes, metrics = task.load(args.data_dir), task.classes, task.metrics
@@ -275,7 +275,7 @@ def load_model(args, ckpt, n_out, device):
 def find_encoder(args, ckpt, device):
     """The folder of the pretrained encoder: a checkpoint's own, the toy's, or --init_from."""
     folder = None
-    if args.init_from or not (ckpt or args.task in toy.TASKS):
+    if args.init_from or not (ckpt or args.task == "toy"):
         name = args.init_from or "roberta-base"
         folder = next((f for f in (Path(name), DATA / "models" / name) if f.is_dir()), None)
         if not folder:
@@ -449,9 +449,9 @@ def arguments(argv):
 def make_parser():
     parser, rate = parser_of(__doc__, "train.py [options]"), between(float, 1e-30, 1e30)
     add, count = parser.add_argument, between(int, 1, 10 ** 9)
-    add("--task", default="toy", type=task_name, help=f"{', '.join(toy.TASKS)} (made up, needs no "
-        f"files), GLUE's {', '.join(glue.TASKS)}, or a folder of yours with train.tsv and perhaps "
-        f"dev.tsv, whose first line is text (or text1, text2) and label; default: toy")
+    add("--task", default="toy", type=task_name, help="toy (made up, needs no files; the "
+        f"default), GLUE's {', '.join(glue.TASKS)}, or a folder of yours with train.tsv and "
+        "perhaps dev.tsv, whose first line is text (or text1, text2) and label")
     add("--regression", action="store_true",
         help="the labels of your own data are numbers, not classes")
     add("--method", default="condlora", choices=(*METHODS, "full", "head"),
@@ -511,13 +511,13 @@ def is_own(task):
 
 def task_name(text):
     """The task, or the absolute path of a folder of one's own."""
-    is_name = text in toy.TASKS or text.lower().replace("-", "") in glue.TASKS
+    is_name = text == "toy" or text.lower().replace("-", "") in glue.TASKS
     return text if is_name or not os.path.isdir(text) else str(Path(text).resolve())
 
 
 def settle(args, device):
     """Fill in what the command line leaves open; raise ValueError now if it cannot be done."""
-    defaults = TOY if args.task in toy.TASKS else GLUE
+    defaults = TOY if args.task == "toy" else GLUE
     args.lr = args.lr or defaults["lr"][args.method]
     args.epochs = args.epochs or defaults["epochs"]
     args.batch_size = args.batch_size or defaults["batch_size"]

@@ -48,6 +48,8 @@ def one_line(program, stopped="stopped"):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         message = str(error)
+        if getattr(error, "filename", None):  # Python's "[Errno 2] ..."
+            message = f"{error.filename}: {error.strerror}"
     except KeyboardInterrupt:
         message = stopped
     if message is not None:
@@ -60,15 +62,15 @@ def reading(file):
     """Whatever goes wrong in this block is one ValueError that names `file`.
 
     It quotes the first line of the error, after its type unless that is ValueError, in at most 200
-    characters. FileNotFoundError passes, and so does a ValueError that names the file already; if
-    `file` is None, everything.
+    characters. FileNotFoundError passes, and so does a ValueError that begins with the file's name;
+    if `file` is None, everything.
     """
     try:
         yield
     except FileNotFoundError:
         raise
     except Exception as error:
-        if file is None or (type(error) is ValueError and str(file) in str(error)):
+        if file is None or (type(error) is ValueError and str(error).startswith(str(file))):
             raise
         reason, kind = (str(error).splitlines() or [""])[0], type(error).__name__
         if isinstance(error, pickle.UnpicklingError):  # torch.load's text advises to run its code
@@ -102,22 +104,19 @@ def check_outputs(outputs):
     for option, (file, mark) in outputs.items():
         if not file:
             continue
+        reason = "it is also another output" if file.resolve() in taken else None
+        taken.add(file.resolve())
         try:
-            if file.resolve() in taken:
-                raise ValueError("it is also another output")
-            if file.exists() and not file.is_file():
-                raise ValueError("it is not a file")
-            if file.exists() and any(file.parent.glob("*config.json")):
-                raise ValueError("it is part of a model's folder")
-            start = open(file, "rb").read(100) if file.exists() else b""
-            if start and mark not in start:
-                raise ValueError("it exists, and is another kind of file")
+            start = file.open("rb").read(100) if file.is_file() else None
+            is_ours = start == b"" or (start and mark in start)
+            if file.exists() and (not is_ours or any(file.parent.glob("*config.json"))):
+                reason = "it is another kind of file, or part of a model's folder"
             partial_of(file).write_bytes(b"")
             partial_of(file).unlink()
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise ValueError(f"{option} {str(file)[:150]} cannot be written: {reason}") from None
-        taken.add(file.resolve())
+        except OSError as error:
+            reason = error.strerror
+        if reason:
+            raise ValueError(f"{option} {str(file)[:150]} cannot be written: {reason}")
 
 
 def partial_of(file):

@@ -25,7 +25,7 @@ DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))  # this file is run as a program
 
 from data import glue
-from data.command import one_line, parser_of
+from data.command import one_line, parser_of, reading
 
 HUB = "https://huggingface.co"
 GLUE = "https://dl.fbaipublicfiles.com/glue/data"
@@ -63,13 +63,10 @@ def hub_model(name, folder):
     """Fill `folder` with the model's configuration, tokenizer and weights."""
     base = f"{os.environ.get('HF_ENDPOINT', HUB).rstrip('/')}/{name}/resolve/main"
     config = fetch_or_fail(f"{base}/config.json", folder)
-    try:
+    with reading(f"{base}/config.json"):
         kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError, RecursionError):
-        raise ValueError(f"{base}/config.json is not a JSON object") from None
-    if kind not in ("bert", "roberta", "mpnet"):
-        raise ValueError(f"{name} is a model of type {repr(kind)[:40]}: "
-                         f"this project reads bert, roberta and mpnet")
+        if kind not in ("bert", "roberta", "mpnet"):
+            raise ValueError(f"model_type is {kind!r:.40}: use a bert, roberta or mpnet model")
     found = {file for file in TOKENIZER_FILES if fetch(f"{base}/{file}", folder)}
     if not found & {"tokenizer.json", "vocab.txt"} and not found >= {"vocab.json", "merges.txt"}:
         raise OSError(f"{name} has no tokenizer.json, vocab.txt, or vocab.json with merges.txt")
@@ -86,13 +83,10 @@ def glue_task(task, folder):
         return
     inside = glue.TASKS[task].folder
     archive = fetch_or_fail(f"{GLUE}/{ARCHIVES.get(task, inside)}.zip", folder)
-    try:
-        with zipfile.ZipFile(archive) as zipped:
-            zipped.extractall(folder)  # which keeps every member inside `folder`
+    with reading(archive.name), zipfile.ZipFile(archive) as zipped:
+        zipped.extractall(folder)  # which keeps every member inside `folder`
         for file in list((folder / inside).iterdir()):
             file.rename(folder / file.name)
-    except Exception as error:  # a damaged file raises almost anything
-        raise ValueError(f"{archive.name} cannot be unpacked ({error!r:.80}): try again") from None
     (folder / inside).rmdir()
     archive.unlink()
 

@@ -91,44 +91,32 @@ class Task:
 
         Raises ValueError or FileNotFoundError saying which file and line is wrong.
         """
-        files = [Path(root) / self.folder / f"{part}.tsv" for part in ("train", *self.devs)]
-        for file in files:
-            if not file.is_file():
-                raise FileNotFoundError(f"{file} not found. Run `python data/download.py "
-                                        f"{self.folder}`, or pass --data_dir.")
-        splits = held_out(self.read(files[0]), files[0])
-        for split, file in zip(("test", "test_mismatched"), files[1:]):
-            splits[split] = self.read(file)
+        folder = Path(root) / self.folder
+        splits = held_out(self.read(folder / "train.tsv", at_least=2))
+        for split, dev in zip(("test", "test_mismatched"), self.devs):
+            splits[split] = self.read(folder / f"{dev}.tsv")
         return splits
 
-    def read(self, file):
-        """The Split in a file."""
+    def read(self, file, at_least=1):
+        """The Split in a file of so many rows or more."""
         with reading(file):
             rows = self.rows(file)
+            if len(rows) < at_least:
+                raise ValueError(f"it needs {at_least} rows or more, and has {len(rows)}")
             return Split([texts for _, texts, _ in rows],
                          [self.label_of(label, number) for number, _, label in rows])
 
     def rows(self, file):
         """[(line number, texts, label as it is written)]"""
-        # Lines end at \n and nowhere else, columns at \t; a double quote is a character like any
-        # other. MRPC begins with a byte-order mark, which utf-8-sig removes.
-        with open(file, encoding="utf-8-sig", newline="\n") as opened:
-            lines = list(enumerate((line.rstrip("\r\n").split("\t") for line in opened), 1))
-        while lines and lines[-1][1] == [""]:
-            lines.pop()
+        lines = list(enumerate(table(file), 1))
         if self.folder == "CoLA":  # the one file without a header
             header = ["source", "label", "original_label", "sentence"]
-        elif not lines:
-            raise ValueError("it is empty")
         else:
-            header = lines.pop(0)[1]
+            _, header = lines.pop(0)
         for column in (*self.texts, self.label):
             if header.count(column) != 1:
-                number = "two columns" if column in header else "no column"
-                raise ValueError(f"{number} {column!r} in line 1, which has "
+                raise ValueError(f"line 1 must name a column {column!r}, once; it has "
                                  f"{', '.join(map(repr, header)):.80}; tabs separate columns")
-        if not lines:
-            raise ValueError("it has no rows")
         text_columns = [header.index(name) for name in self.texts]
         label_column = header.index(self.label)
         result = []
@@ -145,21 +133,15 @@ class Task:
 
     def label_of(self, text, number):
         """The class id or the score that a label in a file stands for."""
-        if self.classes:
-            if text not in self.classes:
-                hint = "; for scores add --regression" * look_like_scores(self.classes)
-                raise ValueError(f"line {number}: label {text!r:.40}, expected one of "
-                                 f"{', '.join(self.classes):.100}{hint}")
-            return self.classes.index(text)
         low, high = self.scores
-        try:
-            score = float(text.replace("_", "?"))  # Python would read 1_0 as ten
-        except ValueError:
-            score = math.nan
-        if not low <= score <= high:
-            raise ValueError(f"line {number}: score {text!r:.40}, expected a number from {low:g} "
-                             f"to {high:g}")
-        return score
+        if text in self.classes:
+            return self.classes.index(text)
+        if not self.classes and low <= number_of(text) <= high:
+            return number_of(text)
+        expected = f"one of {', '.join(self.classes):.100}" if self.classes else (
+            f"a number from {low:g} to {high:g}")
+        hint = "; for scores add --regression" * look_like_scores(self.classes)
+        raise ValueError(f"line {number}: label {text!r:.40}, expected {expected}{hint}")
 
     @property
     def is_own(self):
@@ -193,11 +175,8 @@ def own_task(folder, regression=False):
     """
     folder = Path(folder).resolve()
     file = folder / "train.tsv"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} not found: a task's folder has a train.tsv")
     with reading(file):
-        with open(file, encoding="utf-8-sig", newline="\n") as opened:
-            header = opened.readline().rstrip("\r\n").split("\t")
+        header = table(file)[0]
         if "text" in header and "text1" in header:
             raise ValueError("line 1 has the columns text and text1: name one text, or two")
         texts = ("text1", "text2") if {"text1", "text2"} & {*header} else ("text",)
@@ -206,7 +185,7 @@ def own_task(folder, regression=False):
                     ("dev",) if (folder / "dev.tsv").is_file() else (), (-1e15, 1e15))
         labels = sorted({label for _, _, label in task.rows(file)})
         if len(labels) < 2:
-            raise ValueError(f"it has one label only, {labels[0]!r:.40}")
+            raise ValueError(f"two different labels or more are needed, it has {labels!r:.40}")
     return task if regression else replace(task, classes=tuple(labels))
 
 
@@ -214,9 +193,7 @@ def find_task(name, regression=False):
     """The Task of a name: "rte", "RTE", "sst2", "SST-2", ..., or of a folder of one's own."""
     task = TASKS.get(name.lower().replace("-", ""))
     if not task and not os.path.isdir(name):  # False also of a name that is too long
-        if Path(name).is_absolute():
-            raise ValueError(f"folder {name:.150} not found: say where it is with --task")
-        raise ValueError(f"{name!r:.100} is neither a folder nor one of {', '.join(TASKS)}")
+        raise ValueError(f"--task {name:.150} is neither a folder nor one of {', '.join(TASKS)}")
     return task or own_task(name, regression)
 
 
@@ -238,40 +215,49 @@ def metrics(task, predictions, labels):
     return find_task(task).metrics(predictions, labels)
 
 
+def table(file):
+    """[columns] of each line of a TSV file.
+
+    Lines end at \\n and nowhere else, columns at \\t; a double quote is a character like any other.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} not found. Run `python data/download.py "
+                                f"{file.parent.name}`, or pass --data_dir, if it is GLUE's")
+    # MRPC begins with a byte-order mark, which utf-8-sig removes.
+    text = file.read_bytes().decode("utf-8-sig").rstrip("\r\n")
+    return [line.rstrip("\r").split("\t") for line in text.split("\n")]
+
+
 def read_lines(file, n_texts):
     """A Split with labels 0: each line of a file ("-" for standard input) is a text, or two."""
-    try:
-        text = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-        text = text.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--predict {file} is not UTF-8: {error}") from None
-    except OSError as error:
-        raise ValueError(f"--predict {file} cannot be read: {error.strerror}") from None
-    lines = text.removesuffix("\n").split("\n") if text else []
-    texts = [tuple(line.removesuffix("\r").split("\t")) for line in lines]
-    for number, columns in enumerate(texts, 1):
-        if len(columns) != n_texts:
-            plural = "texts" if len(columns) > 1 else "text"
-            needed = "2, separated by a tab" if n_texts == 2 else "1"
-            raise ValueError(f"{file}, line {number}: found {len(columns)} {plural}; this model "
-                             f"needs {needed}")
-    if not texts:
-        raise ValueError(f"{file} has no lines")
+    with reading(file):
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+        if not data:
+            raise ValueError("it has no lines")
+        lines = data.decode("utf-8-sig").removesuffix("\n").split("\n")
+        texts = [tuple(line.removesuffix("\r").split("\t")) for line in lines]
+        for number, columns in enumerate(texts, 1):
+            if len(columns) != n_texts:
+                raise ValueError(f"line {number}: texts found: {len(columns)}, needed: {n_texts}; "
+                                 f"tabs separate two texts")
     return Split(texts, [0] * len(texts))
+
+
+def number_of(text):
+    """The number that a text is, or nan."""
+    try:
+        return float(text.replace("_", "?"))  # Python would read 1_0 as ten
+    except ValueError:
+        return math.nan
 
 
 def look_like_scores(classes):
     """Whether these names of classes are many numbers."""
-    try:
-        return len([float(name) for name in classes]) > 10
-    except ValueError:
-        return False
+    return len(classes) > 10 and not any(math.isnan(number_of(name)) for name in classes)
 
 
-def held_out(whole, file):
+def held_out(whole):
     """{"train", "validation"}: a fixed tenth of the rows is held out; both in the file's order."""
-    if len(whole.texts) < 2:
-        raise ValueError(f"{file} has one row: at least one more is needed, to be held out")
     order = np.random.default_rng(0).permutation(len(whole.texts))
     size = max(1, len(order) // 10)
     pick = lambda rows: Split([whole.texts[i] for i in rows], [whole.labels[i] for i in rows])

@@ -37,19 +37,6 @@ class Picture:
                           f'height="{height:.1f}" fill="{fill}"><title>{escape(title)}</title>'
                           f"</rect>")
 
-    def dot(self, x, y, colour, title="", filled=True):
-        self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" stroke="{colour}" '
-                          f'fill="{colour if filled else "none"}"><title>{escape(title)}</title>'
-                          f"</circle>")
-
-    def line(self, points, colour=None, dashed=False, width=1):
-        """A line through [(x, y), ...], in a quiet grey unless a colour is given."""
-        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        paint = f'stroke="{colour}"' if colour else 'class="line"'
-        dashes = ' stroke-dasharray="5 4"' if dashed else ""
-        self.parts.append(f'<polyline fill="none" {paint} stroke-width="{width}"{dashes} '
-                          f'points="{path}"/>')
-
     def legend(self, x, y, low, high, length):
         """The scale, with words for its two ends."""
         for step in range(length // 2):

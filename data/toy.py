@@ -1,19 +1,16 @@
 """A made-up language, small enough to pretrain an encoder in half a minute.
 
-    load("toy")["train"].texts[0]         # two sentences: does the first entail the second?
+    load()["train"].texts[0]         # two sentences: does the first entail the second?
 
 A noun has a kind; verbs and adjectives go with the nouns of one kind; determiner and verb agree
 with the noun in number. Each noun has a synonym, and each kind a name. The corpus is texts of two
 sentences, of which the second says again who does what in the first, perhaps with the noun's
 synonym or the kind's name. So an encoder that fills in masked words learns kinds, number and
-synonyms, and nothing in it is tuned to a task.
+synonyms, and nothing in it is tuned to the task.
 
-    toy         two sentences, like RTE: does the first entail the second? A false second one is a
-                good sentence with another noun of the same kind or another verb. The second
-                sentence alone gives 57%, since a true one has a kind's name more often.
-    toy-agree   one sentence, like CoLA: is it well-formed? In a false one the verb has the number
-                of the noun nearer to it, which is never the subject's. So comparing the
-                verb with either noun solves it.
+The task is like RTE. A second sentence that is not entailed is a good sentence with another noun of
+the same kind or another verb. The second sentence alone gives 57%, since a true one has a kind's
+name more often.
 """
 
 import numpy as np
@@ -27,11 +24,11 @@ from . import pretrained, tokenizer
 from .batches import Encoded
 from .glue import Split
 
-TASKS = ("toy", "toy-agree")
 ROWS = {"train": slice(6000), "validation": slice(6000, 6500), "test": slice(6500, 8500)}
 KINDS = range(4)
 NUMBERS = range(2)  # 0 singular, 1 plural
-CONCEPTS = 2  # nouns of a kind, each with a synonym
+CONCEPTS = range(2)  # nouns of a kind, each with a synonym
+VERBS = range(2)  # of a kind
 # A letter of each; the last may be missing.
 SYLLABLES = ("bdfgjklmnprstvz", "aeiou", "bdfgklmnprst", "aeiou", "klmnrst ")
 
@@ -55,7 +52,7 @@ class Lexicon:
         self.determiners = [two() for number in NUMBERS]
         self.prepositions = two()
         self.names = [next(new) for kind in KINDS]
-        self.nouns = [[two() for concept in range(CONCEPTS)] for kind in KINDS]
+        self.nouns = [[two() for concept in CONCEPTS] for kind in KINDS]
         self.adjectives = [two() for kind in KINDS]
         self.verbs = [[two() for number in NUMBERS] for kind in KINDS]
 
@@ -79,12 +76,9 @@ class Speaker:
     def one_of(self, choices):
         return choices[self.rng.integers(len(choices))]
 
-    def below(self, n):
-        return int(self.rng.integers(n))
-
     def thing(self):
         """What a noun phrase speaks of: (kind, concept, number)."""
-        return self.below(len(KINDS)), self.below(CONCEPTS), self.below(len(NUMBERS))
+        return self.one_of(KINDS), self.one_of(CONCEPTS), self.one_of(NUMBERS)
 
     def noun_phrase(self, thing, by_name=False):
         """Words for a thing; by_name says its kind's name instead of the noun."""
@@ -95,21 +89,17 @@ class Speaker:
         noun = LEXICON.names[kind] if by_name else self.one_of(LEXICON.nouns[kind][concept])
         return [self.one_of(LEXICON.determiners[number]), *adjective, noun]
 
-    def sentence(self, thing, beside=None, verb=0, number=None, by_name=False):
-        """`thing`, perhaps beside another thing, does something.
-
-        verb is the index among its kind's verbs, number the verb's: the thing's unless given.
-        """
+    def sentence(self, thing, beside=None, verb=0, by_name=False):
+        """`thing`, perhaps beside another thing, does something: its kind's verb 0 or 1."""
         words = self.noun_phrase(thing, by_name)
         if beside:
             words += [self.one_of(LEXICON.prepositions), *self.noun_phrase(beside)]
-        if number is None:
-            number = thing[2]
-        return " ".join([*words, LEXICON.verbs[thing[0]][number][verb]])
+        kind, _, number = thing
+        return " ".join([*words, LEXICON.verbs[kind][number][verb]])
 
-    def entailment(self, true):
-        """(first sentence, second sentence) of the task toy."""
-        subject, beside, verb = self.thing(), self.thing(), self.below(2)
+    def example(self, true):
+        """(first sentence, second sentence): the first entails the second, if `true`."""
+        subject, beside, verb = self.thing(), self.thing(), self.one_of(VERBS)
         while beside[:2] == subject[:2]:
             beside = self.thing()
         first = self.sentence(subject, beside, verb)
@@ -120,30 +110,20 @@ class Speaker:
             verb = 1 - verb
         return first, self.sentence(subject, verb=verb, by_name=self.rng.random() < 0.3)
 
-    def agreement(self, true):
-        """(sentence,) of the task toy-agree."""
-        subject, beside, verb = self.thing(), self.thing(), self.below(2)
-        # The noun nearer to the verb always has the other number.
-        number = subject[2]
-        beside = (*beside[:2], 1 - number)
-        return (self.sentence(subject, beside, verb, number if true else 1 - number),)
-
 
 def corpus(n):
     """n texts of two sentences, to pretrain on."""
     speaker = Speaker(seed=0)
-    return [speaker.entailment(True) for _ in range(n)]
+    return [speaker.example(True) for _ in range(n)]
 
 
-def load(task="toy"):
+def load():
     """{"train", "validation", "test"} of Splits, labels 1 (true) and 0. No example appears twice.
     """
-    speaker = Speaker(seed=[1, TASKS.index(task)])  # not the corpus's
-    example = speaker.entailment if task == "toy" else speaker.agreement
-    examples = {}
+    speaker, examples = Speaker(seed=[1, 0]), {}  # not the corpus's seed
     while len(examples) < ROWS["test"].stop:
-        label = speaker.below(2)
-        examples.setdefault(example(label), label)
+        label = speaker.one_of((0, 1))
+        examples.setdefault(speaker.example(label), label)
     texts, labels = list(examples), list(examples.values())
     return {name: Split(texts[rows], labels[rows]) for name, rows in ROWS.items()}
 

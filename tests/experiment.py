@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -325,9 +326,23 @@ PANELS = {"rte": ("RTE, accuracy", 45, 80, 5), "cola": ("CoLA, Matthews", 48, 60
           "sst2": ("SST-2, accuracy", 91, 95, 1)}
 
 
+class Plot(Picture):
+    def dot(self, x, y, colour, title=""):
+        self.parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" stroke="{colour}" '
+                          f'fill="{colour}"><title>{escape(title)}</title></circle>')
+
+    def line(self, points, colour=None, dashed=False):
+        """A line through [(x, y), ...], in a quiet grey unless a colour is given."""
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+        paint = f'stroke="{colour}"' if colour else 'class="line"'
+        dashes = ' stroke-dasharray="5 4"' if dashed else ""
+        self.parts.append(f'<polyline fill="none" {paint} stroke-width="1"{dashes} '
+                          f'points="{path}"/>')
+
+
 def figure(args):
     """Test score against trainable parameters, a panel a task."""
-    rows, drawing = read(args.csv), Picture(860, 840)
+    rows, drawing = read(args.csv), Plot(860, 840)
     drawing.text(20, 30, "CondLoRA's controls score alike without W0; on RTE tied is better", 17)
     drawing.text(20, 52, "Test score, epoch chosen on validation, all-mpnet-base-v2. A bar spans "
                          "the seeds, a dashed line is the head alone, if it is in range.", 12)

@@ -419,9 +419,9 @@ def test_a_mistake_gets_one_line_and_exit_status_2(checkpoint, capsys, tmp_path,
         change(damaged["weights"]["layers.1.attention.value.B"])
         torch.save(damaged, f"{name}.pt")
     assert "the B of layers.1.attention.value is zero, as before t" in fails(capsys, "zero.pt")
-    assert "layers.1.attention.value.B has values that are not finite" in fails(capsys, "nan.pt")
+    assert "B of layers.1.attention.value is zero, as before training, or not f" in fails(capsys, "nan.pt")
     config = bert_folder / "config.json"
-    assert "it is part of a model's folder" in fails(capsys, lora, "--json", config)
+    assert "or part of a model's folder" in fails(capsys, lora, "--json", config)
     moved = bert_folder.rename(tmp_path / "moved")
     assert "not at" in (line := fails(capsys, lora)) and "--init_from" in line
     assert "mean over pairs" in run(capsys, lora, "--init_from", moved)

@@ -305,7 +305,7 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--task", "xnli"], "xnli. is neither a folder nor one of cola, sst2"),
+        (["--task", "xnli"], "xnli is neither a folder nor one of cola, sst2"),
         (["--method", "dora"], "invalid choice: 'dora'"),
         (["--rank", "9"], "rank is 9: for layers.0.attention.query"),
         (["--rank", "0"], "argument --rank: '0' is not a whole number from 1 to"),
@@ -327,15 +327,15 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
         (["--lr", "1e30"], "the loss is .* in epoch"),
         (["--alpha", "1e300"], "argument --alpha: '1e300' is not a number"),
         (["--seed", "-1"], "argument --seed: '-1' is not a whole number from 0 to 4294967295"),
-        (["--out", "/dev/full"], "--out /dev/full cannot be written: it is not a file"),
+        (["--out", "/dev/full"], "--out /dev/full cannot be written: it is another kind of file"),
         (["--out", "a" * 252 + ".pt"], "cannot be written: File name too long"),
         (["--history", "nowhere/log"], "--history nowhere/log cannot be written"),
         (["--history", "ckpt.pt"], "--history ckpt.pt cannot be written: it is also another outp"),
-        (["--out", "bert/config.json"], "--out bert/config.json cannot be written: it is part of"),
-        (["--history", "notes.txt"], "--history notes.txt cannot be written: it exists, and is"),
-        (["--out", "notes.txt"], "--out notes.txt cannot be written: it exists, and is another k"),
-        (["--history", "glue/SST-2/dev.tsv"], "--history .* cannot be written: it exists, and is "),
-        (["--out", "bert/pytorch_model.bin"], "pytorch_model.bin cannot be written: it is part of"),
+        (["--out", "bert/config.json"], "--out bert/config.json cannot be written: it is another kind"),
+        (["--history", "notes.txt"], "--history notes.txt cannot be written: it is another kind"),
+        (["--out", "notes.txt"], "--out notes.txt cannot be written: it is another k"),
+        (["--history", "glue/SST-2/dev.tsv"], "--history .* cannot be written: it is another kind"),
+        (["--out", "bert/pytorch_model.bin"], "pytorch_model.bin cannot be written: it is another kind"),
         (["--method", "tied", "--targets", "fc1"], "layers.0.fc1 is not square: method tied is fo"),
         (["--device", "cpu:"], "--device cpu: is not available"),
     ],
@@ -382,11 +382,11 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
     train.main(["--eval_only", "ckpt.pt", "--predict", "texts", "--device", "cpu"])
     assert capsys.readouterr().out.splitlines() == expected  # as Windows writes them
     (tmp_path / "texts").write_text("a\tb\n")
-    assert "texts, line 1: found 2 texts; this model needs 1" in fails(
+    assert "texts: line 1: texts found: 2, needed: 1" in fails(
         ["--eval_only", "ckpt.pt", "--predict", "texts"], capsys
     )
     error = fails(["--eval_only", "ckpt.pt", "--predict", "gone"], capsys)
-    assert error.startswith("train.py: error: --predict gone cannot be read")
+    assert error == "train.py: error: gone: No such file or directory"
     assert "record training, and --eval_only does not" in fails(
         ["--eval_only", "ckpt.pt", "--history", "x"], capsys)
     assert "name it with --eval_only" in fails(["--predict", "texts"], capsys)
@@ -396,7 +396,7 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
     (tmp_path / "texts").write_text(texts[0])
     train.main(["--eval_only", "ckpt.pt", "--predict", "texts", "--device", "cpu"])  # needs no data
     assert capsys.readouterr().out.splitlines() == expected[:1]
-    assert "mine not found: say where it is with --task" in fails(["--eval_only", "ckpt.pt"], capsys)
+    assert "mine is neither a folder nor" in fails(["--eval_only", "ckpt.pt"], capsys)
     assert (
         run(["--eval_only", "ckpt.pt", "--task", "moved", "--device", "cpu"], capsys)[0]["test"]
         == table["test"]
@@ -545,7 +545,6 @@ def test_a_rank_that_cannot_be_is_said_before_the_toy_encoder_is_pretrained(monk
             lambda c: c["optimizer"][0].update(exp_avg=torch.ones(1)),
             "optimizer's state does not fit",
         ),
-        (lambda c: c["history"][0].update(epoch=2), "its history is damaged at epoch 1"),
         (lambda c: c["history"][0].update(validation={}), "its history is damaged at epoch 1"),
         (lambda c: c.update(config=[]), "'config' is missing or damaged"),
         (lambda c: c.pop("encoder"), "'encoder' is missing or damaged"),
