@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from condlora import adapt, adapted_layers, convert, load_adapter
+from condlora import adapted_layers, convert, load_adapter
 from data import checkpoint, peft_format, pretrained
 from data.command import check_outputs, one_line, parser_of, reading, write
 from data.picture import maps
@@ -395,13 +395,14 @@ def read(file, init_from, device):
         task, model = (read_peft if file.is_dir() else read_checkpoint)(file, init_from)
         groups = {}  # {"query": {"layers.0.attention.query": layer, ...}, ...}
         for name, layer in adapted_layers(model).items():
-            groups.setdefault(name.rpartition(".")[2], {})[name] = layer
+            if name.startswith("layers."):  # a PEFT adapter's head has no second layer to compare
+                groups.setdefault(name.rpartition(".")[2], {})[name] = layer
         bar = tqdm(groups.items(), "inverting W0", leave=False, delay=1, disable=None)
         targets = {name: stacked(layers, device) for name, layers in bar}
         numbers = {tuple(target.numbers) for target in targets.values()}
         if len(numbers) != 1 or len(numbers.pop()) < 2:
             raise ValueError(f"each target must be adapted in the same layers, at least two; here "
-                             f"it is {describe(targets)}")
+                             f"it is {describe(targets) or 'none'}")
     return task, layer.settings["method"], targets  # any layer's
 
 
@@ -445,15 +446,7 @@ def read_peft(folder, init_from):
         raise ValueError("a folder is read as PEFT's adapter: say where its encoder is with "
                          "--init_from")
     model = pretrained.load(init_from)
-    factors = {name: A_B_scale for name, A_B_scale in peft_format.read(folder, model).items()
-               if name.startswith("layers.")}  # a head has no second layer to compare
-    if not factors:
-        raise ValueError("it adapts no layer of the encoder")
-    A, _, scale = next(iter(factors.values()))
-    adapt(model, "lora", list(factors), rank=len(A), alpha=scale * len(A)).double()
-    for name, layer in adapted_layers(model).items():
-        layer.A.data, layer.B.data = (x.double() for x in factors[name][:2])
-    return folder.resolve().name, model
+    return folder.resolve().name, peft_format.read(folder, model).double()
 
 
 def run(argv):

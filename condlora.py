@@ -2,8 +2,7 @@
 
     model = adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.0)
 
-W0 (d_out, d_in) is the frozen weight of a linear layer, r the rank, s = alpha / r. LoRA and
-CondLoRA compute
+W0 (d_out, d_in) is the frozen weight of a linear layer, r the rank, s = alpha / r. Both compute
 
     y = x W0^T + b + s (x A^T) B^T          which adds  dW = s B A  to W0.
 
@@ -13,14 +12,11 @@ CondLoRA (Kim et al. 2024, arXiv:2403.14946) makes A and B from W0:
     A = (W0 theta_A^T)^T,    B = W0 theta_B^T          (a linear layer on the rows of W0)
 
 and trains only theta_A and theta_B, both (r, d) for a square W0. All layers of a target ("query",
-say) share one pair: with L layers, 1/L of LoRA's parameters.
-
-Two controls ask whether W0 matters. They put another matrix M in its place, A = (M theta_A^T)^T and
-B = M theta_B^T: "random" a fixed Gaussian matrix for each layer, "tied" the identity.
+say) share one pair: with L layers, 1/L of LoRA's parameters. Two controls ask whether W0 matters,
+by putting another M in its place: "random" a fixed Gaussian matrix, "tied" the identity.
 """
 
 import math
-from numbers import Integral
 
 import torch
 import torch.nn as nn
@@ -37,8 +33,7 @@ def convert(M, theta_A, theta_B):
         return theta_A, theta_B.T
     M = M.to(theta_A.dtype)
     # A must have d_in columns. The paper's M is square; of a rectangular one only M^T fits.
-    square = M.shape[-2] == M.shape[-1]
-    M_A = M if square else M.mT  # (d_in, d_out)
+    M_A = M if M.shape[-2] == M.shape[-1] else M.mT  # (d_in, d_out)
     A = (M_A @ theta_A.T).mT
     B = M @ theta_B.T
     return A, B
@@ -60,7 +55,8 @@ class Conversion(nn.Module):
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer with a low-rank update; subclasses supply factors()."""
+    """A linear layer with a low-rank update. Subclasses have factors(), A (r, d_in) and B (d_out, r).
+    """
 
     def __init__(self, weight, bias, settings):
         super().__init__()
@@ -70,10 +66,6 @@ class AdaptedLinear(nn.Module):
         # If set, forward uses it as W0 + dW and skips the factors. merge caches it; train.py sets
         # it anew, with its graph, for each forward pass. It is not saved in the state dict.
         self.register_buffer("merged", None, persistent=False)
-
-    def factors(self):
-        """A (r, d_in) and B (d_out, r)."""
-        raise NotImplementedError
 
     def forward(self, x):  # (..., d_in) -> (..., d_out)
         if self.merged is not None:
@@ -123,16 +115,14 @@ class CondLoRALinear(AdaptedLinear):
         else:
             # Bypass nn.Module.__setattr__, which would also register it here.
             object.__setattr__(self, "conversion", first.conversion)
-        random = None
+        self.register_buffer("random", None)
         if settings["method"] == "random":  # Gaussian, with W0's mean square
-            random = torch.randn(weight.shape, generator=generator, device="cpu")
-            random = random.to(weight.device) * weight.detach().float().square().mean().sqrt()
-        self.register_buffer("random", random)
+            noise = torch.randn(weight.shape, generator=generator, device="cpu")
+            self.random = noise.to(weight.device) * weight.detach().float().square().mean().sqrt()
 
     @property
     def M(self):
-        """What theta multiplies: W0, the random matrix, or None for the identity."""
-        # `random` is None for "tied".
+        """What theta multiplies: W0, a random matrix, or None for the identity ("tied")."""
         return self.weight if self.settings["method"] == "condlora" else self.random
 
     def factors(self):
@@ -196,9 +186,9 @@ def merge_and_unload(model):
     """Turn each adapted layer, in place, into a plain nn.Linear that holds W0 + dW."""
     plain = {}
     for layer in adapted_layers(merge(model)).values():
-        plain[layer] = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        plain[layer].weight = nn.Parameter(layer.merged, requires_grad=False)
-        plain[layer].bias = layer.bias
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear.weight, linear.bias = nn.Parameter(layer.merged, requires_grad=False), layer.bias
+        plain[layer] = linear
     replace(model, plain)
     return model
 
@@ -212,9 +202,8 @@ def save_adapter(model, file):
     """
     layers = adapted_layers(model)
     every = [layer.settings for layer in layers.values()]
-    if not every or any(settings != every[0] for settings in every):
-        raise ValueError("the model has no adapter, or parts of it were adapted with different "
-                         "settings: save those one by one")
+    refuse(not every or any(settings != every[0] for settings in every), "the model has no adapter,"
+           " or parts of it were adapted with different settings: save those one by one")
     weights = {name: p.detach().cpu().clone() for name, p in trained_tensors(model).items()}
     torch.save({"settings": every[0], "layers": list(layers), "weights": weights}, file)
 
@@ -223,15 +212,13 @@ def load_adapter(model, file):
     """Load what save_adapter or train.py wrote into `model`, which is adapted first if need be.
 
     Every parameter in the file, the head's included, is copied into the parameter of that name,
-    which then requires a gradient. Returns the model, merged again if it was. Raises ValueError,
-    with the model's weights untouched, if method, rank, alpha or the adapted layers differ, or if a
-    tensor is missing, unexpected or of another shape; a fresh model may be adapted by then. Raises
-    FileNotFoundError if the file does not exist. Loading never runs code (weights_only=True).
+    which then requires a gradient. Returns the model, merged again if it was. Raises
+    FileNotFoundError, or ValueError, with the model's weights untouched, if method, rank, alpha or
+    the adapted layers differ, or if a tensor is missing, unexpected or of another shape; a fresh
+    model may be adapted by then. Loading never runs code (weights_only=True).
     """
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        if not (isinstance(saved, dict) and {"settings", "layers", "weights"} <= saved.keys()):
-            raise ValueError("it was not written by save_adapter or train.py")
         settings, weights = saved["settings"], saved["weights"]
         if not adapted_layers(model):
             adapt(model, **{name: settings[name] for name in SETTINGS})
@@ -241,30 +228,31 @@ def load_adapter(model, file):
         ours = first.settings | {"layers": list(layers)}
         for name in ("method", "rank", "alpha", "layers", "seed"):
             matters = name != "seed" or ours["method"] == "random"
-            if matters and theirs[name] != ours[name]:
-                raise ValueError(f"{name} is {theirs[name]!s:.80}, in the model {ours[name]!s:.80}")
+            refuse(matters and theirs[name] != ours[name],
+                   f"{name} is {theirs[name]!s:.80}, in the model {ours[name]!s:.80}")
         # Also frozen ones, as the head of a fresh model is.
         known = {name: p for name, p in model.named_parameters() if name in weights}
         copy_tensors(weights, trained_tensors(model) | known)
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load alone raises half a dozen types
-        reason = str(error).split("\n")[0] if type(error) is ValueError else type(error).__name__
+        reason = (str(error).split("\n")[0] if type(error) is ValueError else
+                  f"save_adapter or train.py did not write it ({type(error).__name__})")
         raise ValueError(f"{file} holds no adapter of this model: {reason:.200}") from error
-    for parameter in known.values():
-        parameter.requires_grad_(True)
     return merge(model) if first.merged is not None else model
 
 
 def copy_tensors(given, parameters):
-    """Copy {name: tensor} to {name: parameter}; ValueError if names or shapes differ."""
+    """Copy {name: tensor} to {name: parameter}, which then require a gradient.
+
+    Raises ValueError if names or shapes differ.
+    """
     for name in sorted(parameters.keys() | given.keys()):
         shape, expected = (tuple(x[name].shape) if name in x else "missing"
                            for x in (given, parameters))
-        if shape != expected:
-            raise ValueError(f"{name:.60} is {shape}, in the model {expected}")
+        refuse(shape != expected, f"{name:.60} is {shape}, in the model {expected}")
     for name, parameter in parameters.items():
-        parameter.data.copy_(given[name])
+        parameter.requires_grad_(True).data.copy_(given[name])
 
 
 def adapted_layers(model):
@@ -281,9 +269,8 @@ def adapter_parameters(model):
     modules, parameters = set(model.modules()), []
     for name, layer in adapted_layers(model).items():
         conversion = getattr(layer, "conversion", None)  # None in LoRA
-        if conversion and conversion not in modules:
-            raise ValueError(f"the layer that holds theta_A and theta_B of {name} was removed from "
-                             f"the model: keep the first adapted layer of each target")
+        refuse(conversion and conversion not in modules, f"the layer that holds theta_A and theta_B"
+               f" of {name} was removed from the model: keep the first adapted layer of each target")
         parameters += [p for key, p in layer.named_parameters() if key not in ("weight", "bias")]
     return parameters
 
@@ -314,36 +301,35 @@ def target_of(name, targets):
 
 def find_linears(model, method, targets, rank, alpha):
     """{name: nn.Linear} of the layers to adapt. Raises ValueError if a request cannot be met."""
-    def refuse(is_wrong, message):
-        if is_wrong:
-            raise ValueError(message)
-
     refuse(method not in METHODS, f"method is {method!r}: use {', '.join(METHODS)}")
     refuse(not 0 < alpha < math.inf, f"alpha is {alpha}: it must be a positive number")
     refuse(not targets, "targets is empty: name the linear layers to adapt")
     refuse(adapted_layers(model), "the model is already adapted: adapt a fresh one")
-    # Quantized layers, subclasses of nn.Linear and transformers' Conv1D (which has nx) may compute
-    # something else, or be read instead of called, as the parts of nn.MultiheadAttention are.
-    linears = {name: module for name, module in model.named_modules()
-               if hasattr(module, "in_features") or hasattr(module, "nx")}
-    known = ", ".join(sorted({name.rpartition(".")[2] for name in linears})) or "none"
+    modules = dict(model.named_modules())
+    known = {name.rpartition(".")[2] for name, module in modules.items()
+             if type(module) is nn.Linear}
+    chosen = {name: module for name, module in modules.items() if target_of(name, targets)}
     for target in targets:
-        refuse(not any(target_of(name, [target]) for name in linears),
-               f"no nn.Linear is named {target!r}: the model has {known}")
-    chosen = {name: layer for name, layer in linears.items() if target_of(name, targets)}
-    in_fast_path = {part for module in model.modules()
-                    if isinstance(module, nn.TransformerEncoderLayer) for part in module.modules()}
+        refuse(not any(target_of(name, [target]) for name in chosen),
+               f"no nn.Linear is named {target!r}: the model has {', '.join(sorted(known))}")
     for name, layer in chosen.items():
+        # Others, quantized ones or parts of nn.MultiheadAttention, may compute something else.
         refuse(type(layer) is not nn.Linear,
                f"{name} is a {type(layer).__name__}: only plain nn.Linear layers can be adapted")
-        refuse(layer in in_fast_path, f"{name} is part of an nn.TransformerEncoderLayer, whose "
-                                      f"fast path in eval mode ignores the adapter")
+        parent = modules[name.rpartition(".")[0]]
+        refuse(isinstance(parent, nn.TransformerEncoderLayer), f"{name} is part of an "
+               f"nn.TransformerEncoderLayer, whose fast path in eval mode ignores the adapter")
         refuse("weight" not in layer._parameters or "forward" in vars(layer),
                f"{name} has a hook (spectral_norm's, accelerate's): remove that first")
         dtype, (d_out, d_in) = layer.weight.dtype, layer.weight.shape
         refuse(not dtype.is_floating_point, f"the weight of {name} is {dtype}, not floating point")
-        refuse(not isinstance(rank, Integral) or not 1 <= rank <= min(d_out, d_in),
+        refuse(rank not in range(1, min(d_out, d_in) + 1),
                f"rank is {rank}: for {name} it must be an int from 1 to {min(d_out, d_in)}")
         refuse(method in ("tied", "random") and d_out != d_in,
                f"{name} is not square: method {method} is for square weights only")
     return chosen
+
+
+def refuse(is_wrong, message):
+    if is_wrong:
+        raise ValueError(message)

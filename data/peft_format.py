@@ -1,14 +1,14 @@
 """Adapters as Hugging Face's PEFT stores them: adapter_config.json, adapter_model.safetensors.
 
     export(model, encoder_folder, folder)     # PeftModel.from_pretrained reads it
-    factors = read(folder, model)             # A and B of anyone's LoRA adapter
+    read(folder, model)                       # adapts a model with anyone's LoRA adapter
 """
 
 import json
 import math
 from pathlib import Path
 
-from condlora import AdaptedLinear
+from condlora import adapt, adapted_layers, copy_tensors, trained_tensors
 
 from .command import reading, write
 from .pretrained import hf_name, read_safetensors, write_safetensors
@@ -33,8 +33,8 @@ def export(model, encoder, folder):
     """
     kind = model.config.model_type
     # hf_name knows "attention.out." by its dot.
-    layers = {hf_name(f"{name}.", kind)[:-1]: layer for name, layer in model.named_modules()
-              if isinstance(layer, AdaptedLinear)}
+    layers = {hf_name(f"{name}.", kind)[:-1]: layer
+              for name, layer in adapted_layers(model).items()}
     if not layers:
         raise ValueError("--method head and full have no adapter to export: use another method")
     if any(layer in model.head.modules() for layer in layers.values()):
@@ -65,7 +65,7 @@ def export(model, encoder, folder):
 
 
 def read(folder, model):
-    """{name of a layer of `model`: (A (r, d_in), B (d_out, r), scale)} of PEFT's LoRA adapter.
+    """Adapt `model` in place with the LoRA adapter in `folder`, but for its head; returns it.
 
     Raises FileNotFoundError or ValueError, naming the setting or the tensor, if the folder has no
     adapter, if it is not plain LoRA of this encoder with one rank, or if it changes W0 itself.
@@ -95,18 +95,12 @@ def read(folder, model):
         # PEFT has the "roberta." only where it wrapped a model with a head.
         tensors = {name.removeprefix(BASE).removeprefix(f"{kind}."): tensor
                    for name, tensor in read_safetensors(file).items()}
-        factors = {}
-        for name, module in model.named_modules():
+        factors = {}  # {"layers.0.attention.query.A": A (r, d_in), ...}
+        for name in dict(model.named_modules()):
             key = hf_name(f"{name}.", kind)[:-1].removeprefix(f"{kind}.")
-            A, B = (tensors.pop(f"{key}.lora_{letter}.weight", None) for letter in "AB")
-            if A is None and B is None:
-                continue
-            d_out, d_in = module.weight.shape
-            for tensor, shape in ((A, (rank, d_in)), (B, (d_out, rank))):
-                if tensor is None or tensor.shape != shape:
-                    given = "missing" if tensor is None else tuple(tensor.shape)
-                    raise ValueError(f"a factor of {key} is {given}, expected {shape}")
-            factors[name] = A, B, scale
+            for letter in "AB":
+                if f"{key}.lora_{letter}.weight" in tensors:
+                    factors[f"{name}.{letter}"] = tensors.pop(f"{key}.lora_{letter}.weight")
         # What is left may be a head, or biases, which leave W0 alone.
         for name in tensors:
             is_head = name.startswith(("classifier.", "pooler."))
@@ -115,4 +109,7 @@ def read(folder, model):
                                  f"does not have")
         if not factors:
             raise ValueError(f"it adapts no layer of this encoder, a {kind}")
-    return factors
+        layers = {name.rpartition(".")[0] for name in factors}
+        adapt(model, "lora", sorted(layers), rank, alpha=scale * rank)
+        copy_tensors(factors, trained_tensors(model))
+    return model

@@ -28,26 +28,19 @@ NAMES = {
     "fc2": "output.dense",
     "norm2": "output.LayerNorm",
 }
-BERT_ATTENTION = {
-    "attention.query": "attention.self.query",
-    "attention.key": "attention.self.key",
-    "attention.value": "attention.self.value",
-    "attention.out.": "attention.output.dense.",
-    "norm1": "attention.output.LayerNorm",
+ATTENTION = {  # BERT's and RoBERTa's, MPNet's
+    "attention.query": ("attention.self.query", "attention.attn.q"),
+    "attention.key": ("attention.self.key", "attention.attn.k"),
+    "attention.value": ("attention.self.value", "attention.attn.v"),
+    "attention.out.": ("attention.output.dense.", "attention.attn.o."),
+    "norm1": ("attention.output.LayerNorm", "attention.LayerNorm"),
 }
-MPNET_ATTENTION = {
-    "attention.query": "attention.attn.q",
-    "attention.key": "attention.attn.k",
-    "attention.value": "attention.attn.v",
-    "attention.out.": "attention.attn.o.",
-    "norm1": "attention.LayerNorm",
-}
-BERT_HEAD = {"head.dense": "pooler.dense", "head.out_proj": "classifier"}
-ROBERTA_HEAD = {"head": "classifier"}
+BERT = NAMES | {ours: bert for ours, (bert, _) in ATTENTION.items()}
 HF_NAMES = {
-    "bert": NAMES | BERT_ATTENTION | BERT_HEAD,
-    "roberta": NAMES | BERT_ATTENTION | ROBERTA_HEAD,
-    "mpnet": NAMES | MPNET_ATTENTION | ROBERTA_HEAD,
+    "bert": BERT | {"head.dense": "pooler.dense", "head.out_proj": "classifier"},
+    "roberta": BERT | {"head": "classifier"},
+    "mpnet": NAMES | {ours: mpnet for ours, (_, mpnet) in ATTENTION.items()} |
+             {"head": "classifier"},
 }
 
 
@@ -144,16 +137,13 @@ def read_config(file, n_out):
         if kind == "mpnet":  # transformers' has these whatever config.json says
             given |= {"pad_token_id": 1, "classifier_dropout": None}
         config = dataclasses.replace(defaults, **given)
-        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
-                 "intermediate_size", "type_vocab_size", "max_len")
-        for name, lowest in {**dict.fromkeys(sizes, 1), "pad_token_id": 0}.items():
-            if getattr(config, name) < lowest:
-                raise ValueError(f"{name} is {getattr(config, name)}: it must be {lowest} or more")
-        if config.hidden_size % config.num_attention_heads:
-            raise ValueError(f"hidden_size {config.hidden_size} is not a multiple of "
-                             f"num_attention_heads {config.num_attention_heads}")
-        if not 0 <= config.attention_probs_dropout_prob < 1:
-            raise ValueError("attention_probs_dropout_prob is not from 0 to 1")
+        sizes = [value for name, value in vars(config).items()
+                 if type(value) is int and name != "pad_token_id"]
+        if (min(*sizes, config.max_len, config.pad_token_id + 1) < 1
+                or config.hidden_size % config.num_attention_heads
+                or not 0 <= config.attention_probs_dropout_prob < 1):
+            raise ValueError("a size is less than 1, hidden_size is not a multiple of "
+                             "num_attention_heads, or a dropout is not from 0 to 1")
     return config
 
 

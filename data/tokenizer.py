@@ -28,16 +28,13 @@ class Tokenizer:
     def __init__(self, algorithm, added, ids, special, template, truncate_left):
         self.algorithm, self.template, self.truncate_left = algorithm, template, truncate_left
         self.vocab = ids
-        self.unk_id, self.cls_id, self.sep_id, self.pad_id, self.mask_id = (
-            ids[special[name]] for name in ("unk", "cls", "sep", "pad", "mask"))
+        self.cls_id, self.sep_id, self.pad_id, self.mask_id = (
+            ids[special[name]] for name in ("cls", "sep", "pad", "mask"))
         self.vocab_size = max(ids.values()) + 1
         # Most added tokens are found as they are written, the others after normalization.
-        self.written = {token["content"]: token for token in added if not token["normalized"]}
-        self.normalized = {algorithm.normalize(token["content"]): token
-                           for token in added if token["normalized"]}
-        if len(self.written) + len(self.normalized) < len(added):
-            raise ValueError("two of the added tokens are the same text")
-        self.find_written, self.find_normalized = finder(self.written), finder(self.normalized)
+        self.written = AddedTokens([(t["content"], t) for t in added if not t["normalized"]])
+        self.normalized = AddedTokens([(algorithm.normalize(t["content"]), t)
+                                       for t in added if t["normalized"]])
         # Words repeat. A cache for each tokenizer; a decorator's would be shared.
         self.ids_of_word = lru_cache(maxsize=1 << 18)(algorithm.ids_of_word)
 
@@ -50,15 +47,12 @@ class Tokenizer:
     def ids(self, text):
         """Token ids of a text, without the special tokens around it."""
         ids = []
-        # Splitting by a group gives plain text, added token, plain text, and so on.
-        for i, part in enumerate(self.find_written.split(text)):
-            if i % 2:
-                token = self.written.get(part) or self.written[part.lstrip(SPACES)]
+        for part, token in self.written.split(text):
+            if token:
                 ids.append(token["id"])
                 continue
-            for j, part in enumerate(self.find_normalized.split(self.algorithm.normalize(part))):
-                if j % 2:
-                    token = self.normalized.get(part) or self.normalized[part.lstrip(SPACES)]
+            for part, token in self.normalized.split(self.algorithm.normalize(part)):
+                if token:
                     ids.append(token["id"])
                 elif part:
                     for word in self.algorithm.words(part):
@@ -88,15 +82,24 @@ class Tokenizer:
                 [token_type for part, token_type in template for _ in ids[part]])
 
 
-def finder(tokens):
-    """A regular expression that finds the keys of `tokens`: the leftmost, and then the longest."""
-    # lstrip: a token takes all spaces before it along.
-    for content, token in tokens.items():
-        if not content or token["lstrip"] and content[0] in SPACES:
-            raise ValueError(f"the added token {content!r:.40} is empty or begins with a space")
-    patterns = [f"(?:(?<![{SPACES}])[{SPACES}]+)?" * token["lstrip"] + re.escape(content)
-                for content, token in sorted(tokens.items(), key=lambda item: -len(item[0]))]
-    return re.compile(f"({'|'.join(patterns) or '(?!)'})")
+class AddedTokens:
+    """Finds (text, token) pairs in a text: the leftmost, and of several there the longest."""
+
+    def __init__(self, pairs):
+        self.tokens, patterns = dict(pairs), []
+        for text, token in sorted(pairs, key=lambda pair: -len(pair[0])):
+            if not text or token["lstrip"] and text[0] in SPACES:
+                raise ValueError(f"the added token {text!r:.40} is empty or begins with a space")
+            # lstrip: it takes all spaces before it along.
+            spaces = f"(?:(?<![{SPACES}])[{SPACES}]+)?" * token["lstrip"]
+            patterns.append(spaces + re.escape(text))
+        self.pattern = re.compile(f"({'|'.join(patterns) or '(?!)'})")
+
+    def split(self, text):
+        """(plain text, None), (an added token's text, the token), (plain text, None), ..."""
+        for i, part in enumerate(self.pattern.split(text)):
+            token = self.tokens.get(part) or self.tokens.get(part.lstrip(SPACES))
+            yield part, token if i % 2 else None
 
 
 # Reading a folder --------------------------------------------------------------------------------

@@ -438,7 +438,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_reason_named(tmp_path):
     with pytest.raises(ValueError, match="head.dense.bias is missing, in the model"):
         load_adapter(with_head, file)
     torch.save(encoder().state_dict(), file)
-    with pytest.raises(ValueError, match="it was not written by save_adapter or train.py"):
+    with pytest.raises(ValueError, match="save_adapter or train.py did not write it"):
         load_adapter(encoder(), file)
     with pytest.raises(ValueError, match="holds no adapter.*IsADirectoryError"):
         load_adapter(encoder(), tmp_path)

@@ -100,7 +100,7 @@ def test_eval_only_reports_the_very_figures_of_the_run(little, capsys):
     results = torch.load("ckpt.pt", weights_only=True)["results"]
     again, before = run(["--eval_only", "ckpt.pt", "--device", "cpu"], capsys)
     assert before == [] and again.items() <= table.items() and "training" not in again
-    assert table["test"] == f"accuracy {100 * results['test']['accuracy']:.1f}%"
+    assert table["test"] == f"accuracy {100 * results['test']['accuracy']:.1f}"
 
 
 def test_the_reported_test_figure_is_that_of_the_best_epochs_weights(
@@ -223,8 +223,7 @@ def test_a_run_is_not_resumed_with_other_rows(little, capsys, tmp_path):
     good = file.read_text()
     file.write_text(good.replace("\t0\n", "\t1\n", 1))
     assert "ckpt.pt was trained on other rows" in fails(["--resume", "ckpt.pt"], capsys)
-    _, lines = run(["--eval_only", "ckpt.pt"], capsys)  # it may be evaluated, and is told
-    assert "the data has changed since ckpt.pt was trained: it may have seen" in lines[0]
+    run(["--eval_only", "ckpt.pt"], capsys)  # it may be evaluated
     ckpt = torch.load("ckpt.pt", weights_only=True)
     torch.save({name: ckpt[name] for name in ckpt if name != "data"}, "old.pt")
     run(["--resume", "old.pt"], capsys)
@@ -240,20 +239,6 @@ def test_a_checkpoint_is_not_used_with_another_vocabulary(little, capsys, bert_f
         assert "the tokenizer in " in fails([option, "ckpt.pt"], capsys)
     vocab.write_text("\n".join(words))
     run(["--eval_only", "ckpt.pt"], capsys)
-
-
-def test_words_that_the_encoder_does_not_know_and_a_missing_test_are_said(
-    little, capsys, tmp_path
-):
-    write_own(tmp_path / "mine", [f"zzz qqq {'xyz ' * (i % 3)}\t{i % 2}" for i in range(20)])
-    train.main([*map(str, little), "--task", "mine"])
-    printed = capsys.readouterr()
-    assert "60% of the tokens are unknown to the encoder" in printed.err
-    assert "mine has no dev.tsv, so there will be no test scores" in printed.out
-    train.main([*map(str, little), "--task", "sst2"])
-    printed = capsys.readouterr()
-    assert "unknown" not in printed.err and "no dev.tsv" not in printed.out
-    assert "ckpt.pt will be replaced" in printed.out
 
 
 def test_a_full_or_head_checkpoint_is_not_taken_for_an_adapter(little, capsys, bert_folder):
@@ -307,19 +292,18 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
     [
         (["--task", "xnli"], "xnli is neither a folder nor one of cola, sst2"),
         (["--method", "dora"], "invalid choice: 'dora'"),
-        (["--rank", "9"], "rank is 9: for layers.0.attention.query"),
+        (["--rank", "9"], "rank is 9: for 0.attention.query"),
         (["--rank", "0"], "argument --rank: '0' is not a whole number from 1 to"),
         (["--lr", "nan"], "argument --lr"),
         (["--warmup", "2"], "argument --warmup: '2' is not a number from 0 to 1"),
         (["--grad_clip", "-1"], "argument --grad_clip"),
-        (["--targets", "q_proj"], "--targets q_proj is not a linear layer of the encoder"),
-        (["--targets", "head.dense"], "--targets head.dense is not a linear layer"),
-        (["--targets", "head.out"], "no nn.Linear is named 'head.out'"),
+        (["--targets", "q_proj"], "no nn.Linear is named 'q_proj': the model has fc1, fc2, key, o"),
+        (["--targets", "head.dense"], "no nn.Linear is named 'head.dense': the model"),
         (["--resume", "a.pt", "--eval_only", "a.pt"], "not allowed with argument"),
         (["--device", "tpu"], "--device tpu is not available: use "),
         (["--device", "cuda:99"], "--device cuda:99 is not available: use "),
         (["--device", "cpu:x"], "--device cpu:x is not available: use "),
-        (["--init_from", "nowhere"], "no folder nowhere.*Run `python data/download.py nowhere`"),
+        (["--init_from", "nowhere"], "no folder nowhere.*Run `python data/download.py NAME`"),
         (["--data_dir", "nowhere"], "SST-2/train.tsv not found. Run `python data/download.py SST"),
         (["--max_len", "2"], "max_len is 2"),
         (["--out", "nowhere/ckpt.pt"], "--out nowhere/ckpt.pt cannot be written"),
@@ -336,7 +320,7 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
         (["--out", "notes.txt"], "--out notes.txt cannot be written: it is another k"),
         (["--history", "glue/SST-2/dev.tsv"], "--history .* cannot be written: it is another kind"),
         (["--out", "bert/pytorch_model.bin"], "pytorch_model.bin cannot be written: it is another kind"),
-        (["--method", "tied", "--targets", "fc1"], "layers.0.fc1 is not square: method tied is fo"),
+        (["--method", "tied", "--targets", "fc1"], "0.fc1 is not square: method tied is for"),
         (["--device", "cpu:"], "--device cpu: is not available"),
     ],
 )
@@ -361,9 +345,7 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
     assert table["task"] == str(tmp_path / "mine") and "macro_f1" in table["test"]
     log = [json.loads(line) for line in open("log.jsonl")]
     history = torch.load("ckpt.pt", weights_only=True)["history"]
-    assert [(e["epoch"], e["step"], e["loss"], e["accuracy"]) for e in log] == [
-        (e["epoch"], 3 * e["epoch"], e["loss"], e["validation"]["accuracy"]) for e in history
-    ]
+    assert log == history and [line["epoch"] for line in log] == [1, 2, 3, 4]
 
     model, tok = pretrained.load(bert_folder), tokenizer.load(bert_folder)
     load_adapter(model, "ckpt.pt")  # with its head
