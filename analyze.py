@@ -188,8 +188,7 @@ def similarity(target, i, j, side):
     compared, factors = target.compared, target.factors
     trained, raw = maps_of(compared, target.A), maps_of(factors, target.A)
     if not trained:
-        raise ValueError(f"with --i {i} --j {j} phi is 1 by definition: these are all the "
-                         f"directions there are; choose less")
+        raise ValueError(f"with --i {i} --j {j}, all directions, phi is 1 by definition: use less")
     draws = {"control": [], "random": [], "raw_random": []}  # of maps_of
     for _ in tqdm(range(DRAWS), "drawing baselines", leave=False, delay=1, disable=None):
         control = target.untrained(rng)
@@ -314,28 +313,24 @@ def verdict(table, is_condlora):
     more = names(lambda row: row["z"] > 3 and not is_same(row))
     less = names(lambda row: row["z"] < -3)
     raw = names(lambda row: row["raw_z"] > 3 and row["raw"] <= 0.99)
-    lines = []
-    if same:
-        lines += [f"All layers have the same conversion matrices, by construction: {same}.",
-                  "That is how CondLoRA makes A and B, not something training found."]
-    if more:
-        lines += [f"Beyond the control by more than 3 sd: {more}.",
-                  "No other row exceeds its control by 3 sd."]
-    elif not same:
-        lines += ["No row exceeds its control by 3 sd: no similarity beyond what W0 produces."]
-    if less:
-        lines += [f"Less similar than the control by more than 3 sd: {less}."]
-    if shared:
-        lines += [f"All layers share one factor, by construction: {shared}."]
-    if raw and not is_condlora:
-        lines += [f"A and B themselves, without W0^-1, are more similar than random by more than "
-                  f"3 sd in: {raw}."]
-    elif not (shared or is_condlora):
-        lines += ["A and B themselves, without W0^-1, exceed random in no row by 3 sd."]
-    return lines
+    sentences = [
+        (same, f"All layers have the same conversion matrices, by construction: {same}."),
+        (same, "That is how CondLoRA makes A and B, not something training found."),
+        (more, f"Beyond the control by more than 3 sd: {more}."),
+        (more, "No other row exceeds its control by 3 sd."),
+        (not (same or more),
+         "No row exceeds its control by 3 sd: no similarity beyond what W0 produces."),
+        (less, f"Less similar than the control by more than 3 sd: {less}."),
+        (shared, f"All layers share one factor, by construction: {shared}."),
+        (raw and not is_condlora,
+         f"A and B themselves, without W0^-1, exceed random by more than 3 sd in: {raw}."),
+        (not (raw or shared or is_condlora),
+         "A and B themselves, without W0^-1, exceed random in no row by 3 sd."),
+    ]
+    return [sentence for holds, sentence in sentences if holds]
 
 
-def print_tables(result, file, compared_file, level, verbose):
+def print_tables(result, file, compared_file, verbose):
     for name, row in result["condition"].items():
         print(f"condition number of W0, {name}: {min(row):.1e} to {max(row):.1e}")
     inexact = [name for name, layers in result["least_squares"].items() if layers]
@@ -346,17 +341,16 @@ def print_tables(result, file, compared_file, level, verbose):
             print(f"{name}: every layer's conversion matrices are theta^T, to {deviation:.0e}")
     print()
     if "compare" in result:
-        print(f"Similarity of {file} to {compared_file}, layer by layer\n(mean \u03c6 of left "
+        print(f"Similarity of {file} to {compared_file}, layer by layer\n(mean φ of left "
               f"singular vectors)")
         show(["", "between the two", "control (untrained)", "random"],
              [[name, f"{row['phi']:.4f}", plus_minus(row.get("control")), plus_minus(row["random"])]
               for name, row in flat(result["compare"])])
     is_condlora = "theta" in result
     what = "A and B, made by one pair of thetas" if is_condlora else "conversion matrices"
-    print(f"Subspace similarity \u03c6 between layers of {what}\n(0 orthogonal, 1 identical, "
-          f"{level} for unrelated): mean over pairs of layers")
-    header = ["", "trained", "control (untrained)", "z-score", "random", "\u03c6 of A and B",
-              "z-score"]
+    print(f"Subspace similarity φ between layers of {what},\nmean over pairs of layers: "
+          f"0 orthogonal, 1 identical; unrelated ones as in the column 'random'")
+    header = "", "trained", "control (untrained)", "z-score", "random", "φ of A and B", "z-score"
     rows = [[name, f"{row['trained']:.4f}", plus_minus(row["control"]), f"{row['z']:+.1f} sd",
              plus_minus(row["random"]), f"{row['raw']:.4f}", f"{row['raw_z']:+.1f} sd"]
             for name, row in flat(result["similarity"])]
@@ -384,7 +378,7 @@ def show(header, rows):
 
 
 def plus_minus(pair):
-    return f"{pair[0]:.4f} \u00b1 {pair[1]:.4f}" if pair else ""
+    return f"{pair[0]:.4f} ± {pair[1]:.4f}" if pair else ""
 
 
 # Checkpoints and the command line ----------------------------------------------------------------
@@ -392,9 +386,14 @@ def plus_minus(pair):
 def read(file, init_from, device):
     """(task, method, {name: Target}) of a checkpoint, or of a folder that PEFT wrote."""
     with reading(file):
-        task, model = (read_peft if file.is_dir() else read_checkpoint)(file, init_from)
+        if not file.is_dir():
+            task, model = read_checkpoint(file, init_from)
+        elif init_from:
+            task, model = file.resolve().name, peft_format.read(file, pretrained.load(init_from))
+        else:
+            raise ValueError("say where the encoder of PEFT's adapter is with --init_from")
         groups = {}  # {"query": {"layers.0.attention.query": layer, ...}, ...}
-        for name, layer in adapted_layers(model).items():
+        for name, layer in adapted_layers(model.double()).items():
             if name.startswith("layers."):  # a PEFT adapter's head has no second layer to compare
                 groups.setdefault(name.rpartition(".")[2], {})[name] = layer
         bar = tqdm(groups.items(), "inverting W0", leave=False, delay=1, disable=None)
@@ -411,20 +410,18 @@ def stacked(layers, device):
     def stack(what, matrices):
         for name, x in zip(layers, matrices):
             if not x.isfinite().all() or not x.any():
-                raise ValueError(f"the {what} of {name} is zero, as before training, or not "
-                                 f"finite: it has no subspace to compare")
+                raise ValueError(f"the {what} of {name} is zero, as before training, or not finite")
         return torch.stack(matrices).double().to(device)
 
-    first, *others = layers.values()
-    W0 = stack("W0", [layer.weight for layer in layers.values()])
-    factors = [layer.factors() for layer in layers.values()]
+    every = list(layers.values())
+    W0 = stack("W0", [layer.weight for layer in every])
+    factors = [layer.factors() for layer in every]
     A, B = (stack("AB"[k], [pair[k] for pair in factors]) for k in (0, 1))
-    conversion = getattr(first, "conversion", None)
-    if any(getattr(layer, "conversion", None) is not conversion for layer in others):
-        raise ValueError(f"{', '.join(layers):.100} have different thetas: adapt them under one "
-                         f"target")
+    conversion, *others = {getattr(layer, "conversion", None) for layer in every}
+    if others:
+        raise ValueError(f"{', '.join(layers):.100} have different thetas: name them by one target")
     thetas = (conversion.theta_A, conversion.theta_B) if conversion else ()
-    return Target([name.split(".")[1] for name in layers], W0, A, B, first.scale,
+    return Target([name.split(".")[1] for name in layers], W0, A, B, every[0].scale,
                   tuple(theta.double().to(device) for theta in thetas), *inverse_of(W0))
 
 
@@ -433,32 +430,18 @@ def read_checkpoint(file, init_from):
     ckpt = checkpoint.load(file)
     method = ckpt["settings"]["method"]
     if method not in ("lora", "condlora"):
-        raise ValueError(f"nothing to analyze in --method {method:.20}: train with --method lora "
-                         f"or condlora")
+        raise ValueError(f"nothing to analyze in --method {method:.20}: train lora or condlora")
     folder = checkpoint.verified_encoder(ckpt, init_from)
     model = pretrained.load(folder, len(ckpt["classes"]) or 1)
-    return ckpt["task"], load_adapter(model, file).double()
-
-
-def read_peft(folder, init_from):
-    """The same, from a folder that PEFT wrote."""
-    if not init_from:
-        raise ValueError("a folder is read as PEFT's adapter: say where its encoder is with "
-                         "--init_from")
-    model = pretrained.load(init_from)
-    return folder.resolve().name, peft_format.read(folder, model).double()
+    return ckpt["task"], load_adapter(model, file)
 
 
 def run(argv):
     args = make_parser().parse_args(argv)
-    devices = ["cuda", "cpu"] if torch.cuda.is_available() else ["cpu"]
-    if args.device not in devices:
-        raise ValueError(f"--device {args.device} is not available: use {' or '.join(devices)}")
     file = args.checkpoint
     if not file.exists():
         raise FileNotFoundError(f"no checkpoint {file}: python train.py writes one")
-    svg = Path(f"{file.resolve()}.svg") if file.is_dir() else file.with_suffix(".svg")
-    svg = args.svg or svg
+    svg = args.svg or (Path(f"{file.resolve()}.svg") if file.is_dir() else file.with_suffix(".svg"))
     check_outputs({"--svg": (svg, b"<svg"), "--json": (args.json, b'"checkpoint"')})
     task, method, targets = read(file, args.init_from, args.device)
     others = None
@@ -479,10 +462,7 @@ def run(argv):
                     "side": args.side}
         write(args.json, (json.dumps(settings | result, indent=1) + "\n").encode())
     print(title + "\n")
-    k, sizes = max(i, j), {d for target in targets.values() for d in target.W0.shape[1:]}
-    level = (f"{k}/{min(sizes)} = {k / min(sizes):.3g}" if args.side == "left" and len(sizes) == 1
-             else "the column 'random'")
-    print_tables(result, file, args.compare, level, args.verbose)
+    print_tables(result, file, args.compare, args.verbose)
     print(f"picture: {svg}")
 
 
@@ -506,7 +486,8 @@ def make_parser():
     add("--json", type=Path, help="write every number to this file")
     add("--svg", type=Path, help="where the picture goes; default: next to the checkpoint")
     add("--init_from", help="folder of the encoder, if it has moved; needed with a PEFT folder")
-    add("--device", default="cpu", help="cpu (the default) or cuda; in float64 either way")
+    add("--device", default="cpu", choices=["cpu"] + ["cuda"] * torch.cuda.is_available(),
+        help="cpu (the default) or cuda; in float64 either way")
     return parser
 
 
