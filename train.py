@@ -272,7 +272,7 @@ def find_encoder(args, ckpt, device):
 
 def toy_encoder(args, device):
     """The folder of the encoder pretrained on the toy language, made once and kept."""
-    folder = DATA / "models" / f"toy-{args.pretrain_steps}"
+    folder = DATA / "models" / f"toy-encoder-{args.pretrain_steps}"
     if IS_MASTER and not (folder / "config.json").is_file():
         build(args, Transformer(toy.CONFIG))  # a wrong --rank fails now, not after pretraining
         toy.make_encoder(folder, args.pretrain_steps, device)

@@ -1,12 +1,13 @@
 """A made-up language, small enough to pretrain an encoder in half a minute.
 
-    load()["train"].texts[0]         # two sentences: does the first entail the second?
+    load()["train"].texts[1]         # two sentences: does the first entail the second?
+    ("det0a adj1a noun11b prepa det0a noun10a verb10b", "det0a noun11a verb10b")
 
-A noun has a kind; verbs and adjectives go with the nouns of one kind; determiner and verb agree
-with the noun in number. Each noun has a synonym, and each kind a name. The corpus is texts of two
-sentences, of which the second says again who does what in the first, perhaps with the noun's
-synonym or the kind's name. So an encoder that fills in masked words learns kinds, number and
-synonyms, and nothing in it is tuned to the task.
+A noun has a kind (here 1); verbs and adjectives go with the nouns of one kind; determiner and verb
+agree with the noun in number (0). Each noun has a synonym (noun11a, noun11b), and each kind a name
+(kind1). The corpus is texts of two sentences, of which the second says again who does what in the
+first, perhaps with the noun's synonym or the kind's name. So an encoder that fills in masked words
+learns kinds, number and synonyms, and nothing in it is tuned to the task.
 
 The task is like RTE. A second sentence that is not entailed is a good sentence with another noun of
 the same kind or another verb. The second sentence alone gives 57%, since a true one has a kind's
@@ -29,42 +30,17 @@ KINDS = range(4)
 NUMBERS = range(2)  # 0 singular, 1 plural
 CONCEPTS = range(2)  # nouns of a kind, each with a synonym
 VERBS = range(2)  # of a kind
-# A letter of each; the last may be missing.
-SYLLABLES = ("bdfgjklmnprstvz", "aeiou", "bdfgklmnprst", "aeiou", "klmnrst ")
-
-
-def made_up_words():
-    """An endless stream of different words of two syllables."""
-    rng, seen = np.random.default_rng(7), set()
-    while True:
-        word = "".join(rng.choice(list(letters)) for letters in SYLLABLES).strip()
-        if word not in seen:
-            seen.add(word)
-            yield word
-
-
-class Lexicon:
-    """The words. The innermost lists hold two each: synonyms, or a kind's two verbs."""
-
-    def __init__(self):
-        new = made_up_words()
-        two = lambda: [next(new), next(new)]
-        self.determiners = [two() for number in NUMBERS]
-        self.prepositions = two()
-        self.names = [next(new) for kind in KINDS]
-        self.nouns = [[two() for concept in CONCEPTS] for kind in KINDS]
-        self.adjectives = [two() for kind in KINDS]
-        self.verbs = [[two() for number in NUMBERS] for kind in KINDS]
-
-
-LEXICON = Lexicon()
 
 
 def vocabulary():
     """Lines of a vocab.txt: BERT's special tokens, then the words."""
-    def flat(x):
-        return [x] if isinstance(x, str) else [word for y in x for word in flat(y)]
-    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *flat(vars(LEXICON).values())]
+    two = lambda stems: [stem + letter for stem in stems for letter in "ab"]
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]",
+            *two(f"det{number}" for number in NUMBERS), *two(["prep"]),
+            *(f"kind{kind}" for kind in KINDS),
+            *two(f"noun{kind}{concept}" for kind in KINDS for concept in CONCEPTS),
+            *two(f"adj{kind}" for kind in KINDS),
+            *two(f"verb{kind}{number}" for kind in KINDS for number in NUMBERS)]
 
 
 class Speaker:
@@ -80,22 +56,23 @@ class Speaker:
         """What a noun phrase speaks of: (kind, concept, number)."""
         return self.one_of(KINDS), self.one_of(CONCEPTS), self.one_of(NUMBERS)
 
+    def either(self, stem):
+        return stem + self.one_of("ab")
+
     def noun_phrase(self, thing, by_name=False):
         """Words for a thing; by_name says its kind's name instead of the noun."""
         kind, concept, number = thing
-        adjective = []
-        if self.rng.random() < 0.5:
-            adjective = [self.one_of(LEXICON.adjectives[kind])]
-        noun = LEXICON.names[kind] if by_name else self.one_of(LEXICON.nouns[kind][concept])
-        return [self.one_of(LEXICON.determiners[number]), *adjective, noun]
+        adjective = [self.either(f"adj{kind}")] if self.rng.random() < 0.5 else []
+        noun = f"kind{kind}" if by_name else self.either(f"noun{kind}{concept}")
+        return [self.either(f"det{number}"), *adjective, noun]
 
     def sentence(self, thing, beside=None, verb=0, by_name=False):
         """`thing`, perhaps beside another thing, does something: its kind's verb 0 or 1."""
         words = self.noun_phrase(thing, by_name)
         if beside:
-            words += [self.one_of(LEXICON.prepositions), *self.noun_phrase(beside)]
+            words += [self.either("prep"), *self.noun_phrase(beside)]
         kind, _, number = thing
-        return " ".join([*words, LEXICON.verbs[kind][number][verb]])
+        return " ".join([*words, f"verb{kind}{number}" + "ab"[verb]])
 
     def example(self, true):
         """(first sentence, second sentence): the first entails the second, if `true`."""

@@ -72,7 +72,7 @@ def test_a_fresh_clone_pretrains_trains_and_reports(tmp_path):
     assert table["task"] == "toy" and table["saved"] == "to            ckpt.pt"
     assert table["trained"] == "parameters  2,048 (1.00% of the encoder's 205,760), and the head"
     assert (tmp_path / "ckpt.pt").is_file() and not list(tmp_path.rglob("*.part*"))
-    assert (tmp_path / "data/models/toy-25/config.json").is_file()
+    assert (tmp_path / "data/models/toy-encoder-25/config.json").is_file()
 
 
 @pytest.mark.parametrize(
@@ -497,7 +497,7 @@ def toy_options(**changes):
 
 def test_what_a_killed_pretraining_left_is_written_over(monkeypatch, tmp_path):
     monkeypatch.setattr(train, "DATA", tmp_path)
-    folder = tmp_path / "models/toy-1"
+    folder = tmp_path / "models/toy-encoder-1"
     folder.mkdir(parents=True)
     for name in ("vocab.txt", "model.safetensors"):
         (folder / name).write_text("half")
