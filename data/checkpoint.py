@@ -106,12 +106,9 @@ def pack_state(model, optimizer):
 def unpack_state(checkpoint, model, optimizer):
     """Put what pack_state packed back in its place."""
     copy_tensors(checkpoint["last"], trained_tensors(model))
-    [group] = optimizer.param_groups
-    state = checkpoint["optimizer"]
-    expected = {i: {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
-                for i, p in enumerate(group["params"])}
-    shapes = {i: {name: x.shape for name, x in values.items() if x.is_floating_point()}
-              for i, values in state.items()}
-    if shapes != expected:
-        raise ValueError("its optimizer's state does not fit the model")
+    [group], state = optimizer.param_groups, checkpoint["optimizer"]
+    for i, p in enumerate(group["params"]):
+        shapes = {name: x.shape for name, x in state[i].items() if x.is_floating_point()}
+        if shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+            raise ValueError("its optimizer's state does not fit the model")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

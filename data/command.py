@@ -1,7 +1,6 @@
 """What every command line does: options, one-line errors, atomic writes."""
 
 import argparse
-import math
 import os
 import pickle
 import sys
@@ -22,16 +21,12 @@ def parser_of(doc, usage=None):
 
 def between(kind, low, high):
     """A type for a parser: an int or a float in a range."""
-    def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not low <= value <= high:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r:.40} is not {what} from {low} to {high}")
-        return value
-    return parse
+    def number(text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text!r:.40} is not from {low} to {high}")
+        return kind(text)
+    number.__name__ = kind.__name__  # argparse says "invalid int value" if kind(text) fails
+    return number
 
 
 @contextmanager

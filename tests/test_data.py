@@ -109,8 +109,8 @@ def test_a_fixed_tenth_of_train_is_held_out(tmp_path):
         ("cola", "x\t2\t\tIt snows.", "CoLA/train.tsv: line 11: label '2'"),
         (
             "stsb",
-            "0\tg\tf\ty\t1\tn\tn\tIt snows.\tIt rains.\t5.1",
-            "STS-B/train.tsv: line 12: label '5.1', expected a number from 0 to 5",
+            "0\tg\tf\ty\t1\tn\tn\tIt snows.\tIt rains.\t5,1",
+            "STS-B/train.tsv: line 12: label '5,1', expected a number",
         ),
         ("stsb", "0\tg\tf\ty\t1\tn\tn\tIt snows.\tIt rains.\tnan", "label 'nan'"),
     ],
