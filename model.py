@@ -117,7 +117,7 @@ class Embeddings(nn.Module):
             positions = is_token.cumsum(1) * is_token + pad
         x = self.word(input_ids)
         if self.config.model_type != "mpnet":
-            if token_type_ids is None:
+            if token_type_ids is None or self.config.type_vocab_size == 1:
                 token_type_ids = torch.zeros_like(input_ids)
             x = x + self.token_type(token_type_ids)
         return self.dropout(self.norm(x + self.position(positions)))
@@ -184,7 +184,8 @@ class Transformer(nn.Module):
     def encode(self, input_ids, token_type_ids=None, attention_mask=None, first_only=False):
         """Last hidden states (B, T, d) of token ids (B, T).
 
-        token_type_ids (B, T) are 0 by default; MPNet ignores them. attention_mask (B, T) is 1 for
+        token_type_ids (B, T) are 0 by default; encoders with one type or none, as RoBERTa and
+        MPNet, ignore them. attention_mask (B, T) is 1 for
         tokens and 0 for padding; without it every position is attended to. first_only gives the
         first token's state, (B, 1, d), and saves most of the last layer. Raises ValueError if T is
         more than the model's positions.

@@ -248,10 +248,6 @@ def load_model(args, ckpt, n_out, device):
             raise ValueError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, the model "
                              f"{model.config.vocab_size}")
         if ckpt:
-            sha256 = ckpt["encoder"].get("tokenizer")  # which older checkpoints lack
-            if vars(model.config) != ckpt["config"] or sha256 not in (None, tok.sha256()):
-                raise ValueError(f"config.json or the tokenizer in {folder} has changed since it "
-                                 f"was trained: restore it, or start a new run")
             copy_tensors(ckpt["weights"], trained_tensors(model))
     return folder, tok, model
 
@@ -312,10 +308,9 @@ def train_and_report(args, ckpt, device):
     if not ckpt:
         settings = {name: str(value) if isinstance(value, Path) else value
                     for name, value in vars(args).items() if name not in NOT_KEPT}
-        encoder = {"path": str(folder.resolve()), "sha256": checkpoint.sha256(folder),
-                   "tokenizer": tok.sha256()}
-        ckpt = about | {"settings": settings, "encoder": encoder, "config": vars(model.config),
-                        "layers": list(adapted_layers(model)), "history": []}
+        encoder = {"path": str(folder.resolve()), "sha256": checkpoint.sha256(folder)}
+        ckpt = about | {"settings": settings, "encoder": encoder, "history": [],
+                        "layers": list(adapted_layers(model))}
     if not args.eval_only:
         train(model, forward, data, metrics, args, ckpt)
         copy_tensors(ckpt["weights"], trained_tensors(model))  # of the best epoch
@@ -349,8 +344,7 @@ def predict_or_export(args, ckpt, device):
 def encode(splits, tok, model, args, device):
     """{name: Encoded split}"""
     max_len = min(args.max_len, model.config.max_len)
-    return {name: Encoded(split, tok, max_len, device, model.config.type_vocab_size)
-            for name, split in splits.items()}
+    return {name: Encoded(split, tok, max_len, device) for name, split in splits.items()}
 
 
 def report(args, model, ckpt, folder, scores, train_labels, device):

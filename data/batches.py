@@ -6,12 +6,9 @@ from tqdm import tqdm
 
 
 class Encoded:
-    """A split's token ids and labels, on the device from the start; batches are cut there.
+    """A split's token ids and labels, on the device from the start; batches are cut there."""
 
-    n_types: of the encoder. Where it has only one token type, all types are 0.
-    """
-
-    def __init__(self, split, tok, max_len, device, n_types=2):
+    def __init__(self, split, tok, max_len, device):
         encoded = [tok.encode(*text, max_len=max_len)
                    for text in tqdm(split.texts, "tokenizing", leave=False, delay=2, disable=None)]
         self.lengths = np.array([len(input_ids) for input_ids, _ in encoded])
@@ -24,7 +21,7 @@ class Encoded:
         token_type_ids = np.zeros(shape, np.int64)
         for i, (ids, types) in enumerate(encoded):
             input_ids[i, :len(ids)] = ids
-            token_type_ids[i, :len(ids)] = types if n_types > 1 else 0
+            token_type_ids[i, :len(ids)] = types
         mask = np.arange(shape[1]) < self.lengths[:, None]
         self.input_ids = torch.from_numpy(input_ids).to(device)
         self.token_type_ids = torch.from_numpy(token_type_ids).to(device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from condlora import copy_tensors, trained_tensors
 
+from . import tokenizer
 from .command import reading, write
 from .pretrained import weights_file
 
@@ -21,8 +22,7 @@ FORMAT = {
     "classes": [str],  # none: a regression
     "n_texts": int,  # sentences a row
     "settings": {"method": str, "targets": [str], "rank": int, "seed": int, "regression": bool},
-    "encoder": {"path": str, "sha256": str},  # the folder, its weights; also "tokenizer"
-    "config": dict,  # model.Config's fields
+    "encoder": {"path": str, "sha256": str},  # the folder, and its files
     "layers": [str],  # the names of the adapted layers
     "history": [{"epoch": int, "loss": float, "seconds": float, "validation": {str: float}}],
     "best_epoch": int,
@@ -70,9 +70,13 @@ def fits(value, kind):
 
 
 def sha256(folder):
-    """SHA-256 of the weights in a pretrained model's folder."""
-    with open(weights_file(folder), "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
+    """SHA-256 of what is read from a pretrained model's folder."""
+    names, digest = ("config.json", *tokenizer.FILES), hashlib.sha256()
+    for file in (weights_file(folder), *(Path(folder) / name for name in names)):
+        if file.is_file():
+            with open(file, "rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()
 
 
 def data_sha256(splits):
@@ -84,14 +88,9 @@ def data_sha256(splits):
 def verified_encoder(checkpoint, folder=None):
     """The folder of the checkpoint's encoder, or `folder`, if its weights are the same."""
     folder = Path(folder or checkpoint["encoder"]["path"])
-    try:
-        is_the_same = sha256(folder) == checkpoint["encoder"]["sha256"]
-    except OSError:
-        raise ValueError(f"the encoder is not at {str(folder)[:100]}: "
-                         f"say where it is with --init_from") from None
-    if not is_the_same:
-        raise ValueError(f"{weights_file(folder)} is another encoder: its SHA-256 differs. "
-                         f"Say where the right one is with --init_from")
+    if not folder.is_dir() or sha256(folder) != checkpoint["encoder"]["sha256"]:
+        raise ValueError(f"{str(folder)[:150]} does not hold the encoder that it was trained with, "
+                         f"unchanged: say where that is with --init_from")
     return folder
 
 

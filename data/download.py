@@ -24,7 +24,7 @@ from tqdm import tqdm
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))  # this file is run as a program
 
-from data import glue
+from data import glue, tokenizer
 from data.command import one_line, parser_of, reading
 
 HUB = "https://huggingface.co"
@@ -32,8 +32,6 @@ GLUE = "https://dl.fbaipublicfiles.com/glue/data"
 SENTEVAL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
 ARCHIVES = {"qqp": "QQP-clean", "qnli": "QNLIv2"}  # the others have their folder's name
 WEIGHTS = "model.safetensors", "pytorch_model.bin"
-TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json",
-                   "tokenizer_config.json", "special_tokens_map.json")
 
 
 def get(name, data=DATA):
@@ -67,7 +65,7 @@ def hub_model(name, folder):
         kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
         if kind not in ("bert", "roberta", "mpnet"):
             raise ValueError(f"model_type is {kind!r:.40}: use a bert, roberta or mpnet model")
-    found = {file for file in TOKENIZER_FILES if fetch(f"{base}/{file}", folder)}
+    found = {file for file in tokenizer.FILES if fetch(f"{base}/{file}", folder)}
     if not found & {"tokenizer.json", "vocab.txt"} and not found >= {"vocab.json", "merges.txt"}:
         raise OSError(f"{name} has no tokenizer.json, vocab.txt, or vocab.json with merges.txt")
     if not any(fetch(f"{base}/{file}", folder) for file in WEIGHTS):

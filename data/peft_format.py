@@ -72,9 +72,6 @@ def read(folder, model):
     """
     folder, kind = Path(folder), model.config.model_type
     config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    for needed in (config, file):
-        if not needed.is_file():
-            raise FileNotFoundError(f"no {needed.name} in {folder}: it should be PEFT's adapter")
     with reading(config):
         settings = json.loads(config.read_text(encoding="utf-8"))
         if settings["peft_type"] != "LORA":
@@ -87,10 +84,8 @@ def read(folder, model):
             if value and name not in KNOWN:
                 raise ValueError(f"{name:.40} is {value!r:.40}: only plain LoRA can be read")
         rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
-        # rsLoRA: Kalajdzievski 2023, arXiv:2312.03732.
-        scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
-        if not 0 < scale < math.inf:
-            raise ValueError(f"lora_alpha / r is {scale}: it must be a positive number")
+        # rsLoRA divides by the root of the rank: Kalajdzievski 2023, arXiv:2312.03732.
+        alpha *= math.sqrt(rank) if settings.get("use_rslora") else 1
     with reading(file):
         # PEFT has the "roberta." only where it wrapped a model with a head.
         tensors = {name.removeprefix(BASE).removeprefix(f"{kind}."): tensor
@@ -110,6 +105,6 @@ def read(folder, model):
         if not factors:
             raise ValueError(f"it adapts no layer of this encoder, a {kind}")
         layers = {name.rpartition(".")[0] for name in factors}
-        adapt(model, "lora", sorted(layers), rank, alpha=scale * rank)
+        adapt(model, "lora", sorted(layers), rank, alpha)
         copy_tensors(factors, trained_tensors(model))
     return model

@@ -7,7 +7,6 @@ data/pieces.py has the algorithms, WordPiece and byte-level BPE; this file adds 
 pairs and truncation, and reads folders.
 """
 
-import hashlib
 import json
 import re
 from functools import lru_cache
@@ -27,7 +26,6 @@ class Tokenizer:
 
     def __init__(self, algorithm, added, ids, special, template, truncate_left):
         self.algorithm, self.template, self.truncate_left = algorithm, template, truncate_left
-        self.vocab = ids
         self.cls_id, self.sep_id, self.pad_id, self.mask_id = (
             ids[special[name]] for name in ("cls", "sep", "pad", "mask"))
         self.vocab_size = max(ids.values()) + 1
@@ -37,12 +35,6 @@ class Tokenizer:
                                        for t in added if t["normalized"]])
         # Words repeat. A cache for each tokenizer; a decorator's would be shared.
         self.ids_of_word = lru_cache(maxsize=1 << 18)(algorithm.ids_of_word)
-
-    def sha256(self):
-        """SHA-256 of the vocabulary and the rules, the same from vocab.txt or tokenizer.json."""
-        rules = [item for item in vars(self.algorithm).items() if item[0] != "vocab"]
-        everything = sorted(self.vocab.items()), rules, self.template, self.truncate_left
-        return hashlib.sha256(repr(everything).encode(errors="replace")).hexdigest()
 
     def ids(self, text):
         """Token ids of a text, without the special tokens around it."""
@@ -104,6 +96,8 @@ class AddedTokens:
 
 # Reading a folder --------------------------------------------------------------------------------
 
+FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "merges.txt", "added_tokens.json",
+         "tokenizer_config.json", "special_tokens_map.json")
 BERT = {"unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "pad": "[PAD]", "mask": "[MASK]"}
 ROBERTA = {"unk": "<unk>", "cls": "<s>", "sep": "</s>", "pad": "<pad>", "mask": "<mask>",
            "bos": "<s>", "eos": "</s>"}
