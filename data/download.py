@@ -9,7 +9,6 @@ is put together from SentEval's copy of its sentences and GLUE's list of the pai
 """
 
 import http.client
-import json
 import os
 import re
 import socket
@@ -24,14 +23,13 @@ from tqdm import tqdm
 DATA = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA.parent))  # this file is run as a program
 
-from data import glue, tokenizer
+from data import glue, pretrained, tokenizer
 from data.command import one_line, parser_of, reading
 
 HUB = "https://huggingface.co"
 GLUE = "https://dl.fbaipublicfiles.com/glue/data"
 SENTEVAL = "https://dl.fbaipublicfiles.com/senteval/senteval_data"
 ARCHIVES = {"qqp": "QQP-clean", "qnli": "QNLIv2"}  # the others have their folder's name
-WEIGHTS = "model.safetensors", "pytorch_model.bin"
 
 
 def get(name, data=DATA):
@@ -60,16 +58,12 @@ def get(name, data=DATA):
 def hub_model(name, folder):
     """Fill `folder` with the model's configuration, tokenizer and weights."""
     base = f"{os.environ.get('HF_ENDPOINT', HUB).rstrip('/')}/{name}/resolve/main"
-    config = fetch_or_fail(f"{base}/config.json", folder)
-    with reading(f"{base}/config.json"):
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-        if kind not in ("bert", "roberta", "mpnet"):
-            raise ValueError(f"model_type is {kind!r:.40}: use a bert, roberta or mpnet model")
+    pretrained.read_config(fetch_or_fail(f"{base}/config.json", folder))  # or it raises ValueError
     found = {file for file in tokenizer.FILES if fetch(f"{base}/{file}", folder)}
     if not found & {"tokenizer.json", "vocab.txt"} and not found >= {"vocab.json", "merges.txt"}:
         raise OSError(f"{name} has no tokenizer.json, vocab.txt, or vocab.json with merges.txt")
-    if not any(fetch(f"{base}/{file}", folder) for file in WEIGHTS):
-        raise OSError(f"{name} has neither {' nor '.join(WEIGHTS)}")
+    any(fetch(f"{base}/{file}", folder) for file in pretrained.WEIGHTS)
+    pretrained.weights_file(folder)  # or it raises FileNotFoundError
 
 
 def glue_task(task, folder):

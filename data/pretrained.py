@@ -117,7 +117,7 @@ def save(model, path):
     write(Path(path) / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
 
 
-def read_config(file, n_out):
+def read_config(file, n_out=2):
     """The Config of a config.json. Settings that would make another model are refused by name."""
     with reading(file):
         settings = json.loads(file.read_text(encoding="utf-8"))
@@ -147,12 +147,15 @@ def read_config(file, n_out):
     return config
 
 
+WEIGHTS = "model.safetensors", "pytorch_model.bin"
+
+
 def weights_file(path):
     """The file in the folder `path` that holds the weights."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
+    for name in WEIGHTS:
         if (Path(path) / name).is_file():
             return Path(path) / name
-    raise FileNotFoundError(f"{path} has neither model.safetensors nor pytorch_model.bin; "
+    raise FileNotFoundError(f"{path} has neither {' nor '.join(WEIGHTS)}; "
                             f"sharded weights are not supported")
 
 
