@@ -26,8 +26,7 @@ import torch.nn.functional as F
 def convert(M, theta_A, theta_B):
     """A (r, d_in) and B (d_out, r) from M (d_out, d_in), or from a stack of them (L, d_out, d_in).
 
-    M is W0 in CondLoRA, or None for the identity ("tied"). theta_A is (r, d_out), theta_B is
-    (r, d_in).
+    M is W0, or None for the identity ("tied"). theta_A is (r, d_out), theta_B (r, d_in).
     """
     if M is None:
         return theta_A, theta_B.T
@@ -54,14 +53,14 @@ class Conversion(nn.Module):
         return convert(M, self.theta_A, self.theta_B)
 
 
-class AdaptedLinear(nn.Module):
-    """A linear layer with a low-rank update. Subclasses have factors(), A (r, d_in) and B (d_out, r).
+class AdaptedLinear(nn.Linear):
+    """An nn.Linear with a low-rank update; subclasses have factors().
+
+    adapt changes a layer's class: it stays the same object, with W0, its hooks and its place.
     """
 
-    def __init__(self, weight, bias, settings):
-        super().__init__()
-        self.weight, self.bias, self.settings = weight, bias, settings  # a dict: see SETTINGS
-        self.out_features, self.in_features = weight.shape
+    def start(self, settings):
+        self.settings = settings  # a dict: see SETTINGS
         self.scale = settings["alpha"] / settings["rank"]
         # If set, forward uses it as W0 + dW and skips the factors. merge caches it; train.py sets
         # it anew, with its graph, for each forward pass. It is not saved in the state dict.
@@ -89,11 +88,11 @@ class AdaptedLinear(nn.Module):
 class LoRALinear(AdaptedLinear):
     """Owns A (r, d_in) and B (d_out, r). B starts at zero, and so does dW."""
 
-    def __init__(self, weight, bias, settings):
-        super().__init__(weight, bias, settings)
-        (d_out, d_in), rank = weight.shape, settings["rank"]
-        self.A = nn.Parameter(torch.empty(rank, d_in, device=weight.device))
-        self.B = nn.Parameter(torch.zeros(d_out, rank, device=weight.device))
+    def start(self, settings):
+        super().start(settings)
+        (d_out, d_in), rank, device = self.weight.shape, settings["rank"], self.weight.device
+        self.A = nn.Parameter(torch.empty(rank, d_in, device=device))
+        self.B = nn.Parameter(torch.zeros(d_out, rank, device=device))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def factors(self):
@@ -108,17 +107,18 @@ class CondLoRALinear(AdaptedLinear):
     the model; adapter_parameters and save_adapter raise if it is gone.
     """
 
-    def __init__(self, weight, bias, settings, first=None, generator=None):
-        super().__init__(weight, bias, settings)
-        if first is None:
-            self.conversion = Conversion(weight, settings["rank"])
+    def start(self, settings, first, generator):
+        super().start(settings)
+        if first is self:
+            self.conversion = Conversion(self.weight, settings["rank"])
         else:
             # Bypass nn.Module.__setattr__, which would also register it here.
             object.__setattr__(self, "conversion", first.conversion)
         self.register_buffer("random", None)
         if settings["method"] == "random":  # Gaussian, with W0's mean square
-            noise = torch.randn(weight.shape, generator=generator, device="cpu")
-            self.random = noise.to(weight.device) * weight.detach().float().square().mean().sqrt()
+            W0 = self.weight.detach().float()
+            noise = torch.randn(W0.shape, generator=generator, device="cpu")
+            self.random = noise.to(W0.device) * W0.square().mean().sqrt()
 
     @property
     def M(self):
@@ -151,16 +151,15 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
     settings = dict(zip(SETTINGS, (method, targets, int(rank), float(alpha), int(seed))))
     generator = torch.Generator().manual_seed(settings["seed"])
     model.requires_grad_(False)
-    adapted, firsts = {}, {}
-    for name, linear in linears.items():
+    firsts = {}
+    for name, layer in linears.items():
         if method == "lora":
-            adapted[linear] = LoRALinear(linear.weight, linear.bias, settings)
+            layer.__class__ = LoRALinear
+            layer.start(settings)
         else:
-            key = target_of(name, targets), linear.weight.shape
-            adapted[linear] = CondLoRALinear(linear.weight, linear.bias, settings,
-                                             firsts.get(key), generator)
-            firsts.setdefault(key, adapted[linear])
-    replace(model, adapted)
+            layer.__class__ = CondLoRALinear
+            first = firsts.setdefault((target_of(name, targets), layer.weight.shape), layer)
+            layer.start(settings, first, generator)
     return model
 
 
@@ -184,12 +183,12 @@ def unmerge(model):
 
 def merge_and_unload(model):
     """Turn each adapted layer, in place, into a plain nn.Linear that holds W0 + dW."""
-    plain = {}
     for layer in adapted_layers(merge(model)).values():
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        linear.weight, linear.bias = nn.Parameter(layer.merged, requires_grad=False), layer.bias
-        plain[layer] = linear
-    replace(model, plain)
+        layer.weight = nn.Parameter(layer.merged, requires_grad=False)
+        for name in ("A", "B", "conversion", "random", "merged", "settings", "scale"):
+            if hasattr(layer, name):
+                delattr(layer, name)
+        layer.__class__ = nn.Linear
     return model
 
 
@@ -197,8 +196,7 @@ def save_adapter(model, file):
     """Write the adapter, each theta once, and every other parameter that requires a gradient.
 
     The file also holds adapt's settings and the adapted layers' names, but no buffers. Raises
-    ValueError if the model has no adapter, parts adapted with different settings, or lost a
-    Conversion.
+    ValueError without an adapter, if parts have different settings, or if a Conversion is lost.
     """
     layers = adapted_layers(model)
     every = [layer.settings for layer in layers.values()]
@@ -213,9 +211,8 @@ def load_adapter(model, file):
 
     Every parameter in the file, the head's included, is copied into the parameter of that name,
     which then requires a gradient. Returns the model, merged again if it was. Raises
-    FileNotFoundError, or ValueError, with the model's weights untouched, if method, rank, alpha or
-    the adapted layers differ, or if a tensor is missing, unexpected or of another shape; a fresh
-    model may be adapted by then. Loading never runs code (weights_only=True).
+    FileNotFoundError, or ValueError if settings, layers, names or shapes differ, with the model's
+    weights untouched; a fresh one may be adapted by then. Never runs code (weights_only=True).
     """
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
@@ -230,8 +227,7 @@ def load_adapter(model, file):
             matters = name != "seed" or ours["method"] == "random"
             refuse(matters and theirs[name] != ours[name],
                    f"{name} is {theirs[name]!s:.80}, in the model {ours[name]!s:.80}")
-        # Also frozen ones, as the head of a fresh model is.
-        known = {name: p for name, p in model.named_parameters() if name in weights}
+        known = {name: p for name, p in model.named_parameters() if name in weights}  # also frozen
         copy_tensors(weights, trained_tensors(model) | known)
     except FileNotFoundError:
         raise
@@ -243,10 +239,7 @@ def load_adapter(model, file):
 
 
 def copy_tensors(given, parameters):
-    """Copy {name: tensor} to {name: parameter}, which then require a gradient.
-
-    Raises ValueError if names or shapes differ.
-    """
+    """Copy {name: tensor} to {name: parameter}, to train; ValueError if names or shapes differ."""
     for name in sorted(parameters.keys() | given.keys()):
         shape, expected = (tuple(x[name].shape) if name in x else "missing"
                            for x in (given, parameters))
@@ -257,20 +250,16 @@ def copy_tensors(given, parameters):
 
 def adapted_layers(model):
     """{name: layer} of the adapted layers, in the model's order."""
-    return {name: module for name, module in model.named_modules()
-            if isinstance(module, AdaptedLinear)}
+    return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
 
 
 def adapter_parameters(model):
-    """The adapter's parameters, each theta once, without the head's.
-
-    Raises ValueError if the layer that registers a Conversion was removed from the model.
-    """
+    """The adapter's parameters, each theta once; ValueError if a Conversion's layer was removed."""
     modules, parameters = set(model.modules()), []
     for name, layer in adapted_layers(model).items():
         conversion = getattr(layer, "conversion", None)  # None in LoRA
-        refuse(conversion and conversion not in modules, f"the layer that holds theta_A and theta_B"
-               f" of {name} was removed from the model: keep the first adapted layer of each target")
+        refuse(conversion and conversion not in modules, f"the layer that holds {name}'s thetas "
+               f"was removed from the model: keep the first adapted layer of each target")
         parameters += [p for key, p in layer.named_parameters() if key not in ("weight", "bias")]
     return parameters
 
@@ -279,19 +268,6 @@ def trained_tensors(model):
     """{name: parameter} of the adapter and of everything else that requires a gradient."""
     adapter = set(map(id, adapter_parameters(model)))
     return {name: p for name, p in model.named_parameters() if p.requires_grad or id(p) in adapter}
-
-
-def replace(model, new):
-    """Put new[old] in the place of each module `old`, with its mode and its hooks."""
-    for old, module in new.items():
-        module.train(old.training)
-        # nn.Module keeps hooks, and how to call them, in attributes with these prefixes.
-        vars(module).update({name: value for name, value in vars(old).items()
-                             if name.startswith(("_forward", "_backward", "_is_full_backward"))})
-    for name, old in list(model.named_modules(remove_duplicate=False)):
-        if old in new:
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, new[old])
 
 
 def target_of(name, targets):
@@ -306,8 +282,7 @@ def find_linears(model, method, targets, rank, alpha):
     refuse(not targets, "targets is empty: name the linear layers to adapt")
     refuse(adapted_layers(model), "the model is already adapted: adapt a fresh one")
     modules = dict(model.named_modules())
-    known = {name.rpartition(".")[2] for name, module in modules.items()
-             if type(module) is nn.Linear}
+    known = {name.rpartition(".")[2] for name, m in modules.items() if type(m) is nn.Linear}
     chosen = {name: module for name, module in modules.items() if target_of(name, targets)}
     for target in targets:
         refuse(not any(target_of(name, [target]) for name in chosen),
