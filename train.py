@@ -116,8 +116,7 @@ def train(model, forward, data, metrics, args, ckpt):
     constant = constant_loss(split.labels.cpu())
     if IS_MASTER and history[-1]["loss"] > 0.98 * constant:
         print(f"the last training loss, {history[-1]['loss']:.3f}, is hardly better than a "
-              f"constant prediction's, {constant:.3f}: try an --lr lower than {args.lr:g}, or more "
-              f"--epochs")
+              f"constant prediction's, {constant:.3f}: try a lower --lr, or more --epochs")
 
 
 def make_step(forward, split, optimizer, grad_clip):
@@ -163,8 +162,7 @@ def constant_loss(labels):
 
 
 def schedule(step, steps, warmup):
-    """Factor on the learning rate: linear warmup over that fraction of the steps, then linear
-    decay to 0."""
+    """Factor on the learning rate: linear warmup in that share of the steps, then linear decay."""
     rise = warmup * steps
     return min((step + 1) / rise if rise else 1.0, (steps - step) / max(steps - rise, 1.0), 1.0)
 
@@ -178,8 +176,7 @@ def evaluate(model, forward, split, metrics, batch_size):
 
 @torch.inference_mode()
 def outputs_of(model, forward, split, batch_size):
-    """Logits (n, n_out) on the CPU. The processes share the batches, each of 8 * batch_size rows.
-    """
+    """Logits (n, n_out) on the CPU. Processes share the batches, of 8 * batch_size rows each."""
     model.eval()
     outputs = torch.zeros(len(split.labels), model.config.n_out, device=split.labels.device)
     batches = split.batches(by_width(split.widths, 8 * batch_size))[PROCESS::PROCESSES]
@@ -204,8 +201,7 @@ def text_of(scores):
 def load_task(args, ckpt):
     """(splits, metrics(predictions, labels), their entries in a checkpoint)
 
-    Raises ValueError if the checkpoint `ckpt` is for another kind of task, or is to be resumed but
-    was trained on other rows.
+    Raises ValueError if the checkpoint `ckpt` is of other classes, or to be resumed on other rows.
     """
     file = args.resume or args.eval_only
     with reading(file):
@@ -216,12 +212,10 @@ def load_task(args, ckpt):
             splits, classes, metrics = task.load(args.data_dir), task.classes, task.metrics
     about = {"task": args.task, "classes": list(classes), "n_texts": len(splits["train"].texts[0]),
              "data": checkpoint.data_sha256(splits)}
-    if ckpt and any(ckpt[name] != about[name] for name in ("classes", "n_texts")):
-        raise ValueError(f"{file} was trained on {ckpt['n_texts']} texts a row and the classes "
-                         f"{', '.join(ckpt['classes']):.60}; {args.task} has others")
-    if args.resume and ckpt.get("data", about["data"]) != about["data"]:
-        raise ValueError(f"{file} was trained on other rows than {args.task} has now: resume with "
-                         f"the same data, or start a new run")
+    fixed = ("classes", "n_texts", "data") if args.resume else ("classes", "n_texts")
+    if ckpt and any(ckpt.get(name, about[name]) != about[name] for name in fixed):
+        raise ValueError(f"{file} was trained on other rows than {args.task} has now: they had "
+                         f"{ckpt['n_texts']} texts, and classes {', '.join(ckpt['classes']):.60}")
     if IS_MASTER and is_own(args.task) and glue.look_like_scores(classes):
         print(f"the labels are {len(classes)} different numbers: if they are scores, add "
               f"--regression")
@@ -304,7 +298,8 @@ def train_and_report(args, ckpt, device):
     train_labels = splits["train"].labels
     if args.eval_only:
         del splits["train"]
-    data = encode(splits, tok, model, args, device)
+    max_len = min(args.max_len, model.config.max_len)
+    data = {name: Encoded(split, tok, max_len, device) for name, split in splits.items()}
     if not ckpt:
         settings = {name: str(value) if isinstance(value, Path) else value
                     for name, value in vars(args).items() if name not in NOT_KEPT}
@@ -330,21 +325,14 @@ def predict_or_export(args, ckpt, device):
         peft_format.export(model, folder, args.export)
         print(f"saved to {args.export}")
         return
-    lines = {"lines": glue.read_lines(args.predict, ckpt["n_texts"])}
-    forward = prepare(model, args, device)
-    data = encode(lines, tok, model, args, device)
-    for logits in outputs_of(model, forward, data["lines"], args.batch_size):
+    lines = Encoded(glue.read_lines(args.predict, ckpt["n_texts"]), tok,
+                    min(args.max_len, model.config.max_len), device)
+    for logits in outputs_of(model, prepare(model, args, device), lines, args.batch_size):
         if classes:
             probability, label = logits.softmax(0).max(0)
             print(f"{classes[label]}\t{probability:.4f}")
         else:
             print(f"{logits[0]:.4f}")
-
-
-def encode(splits, tok, model, args, device):
-    """{name: Encoded split}"""
-    max_len = min(args.max_len, model.config.max_len)
-    return {name: Encoded(split, tok, max_len, device) for name, split in splits.items()}
 
 
 def report(args, model, ckpt, folder, scores, train_labels, device):
