@@ -35,21 +35,19 @@ def one_line(program, stopped="stopped"):
     # A terminal that knows fewer characters gets "?" for the others.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
-    message = None
     try:
         yield
-        sys.stdout.flush()  # here, and not as Python exits
+        return sys.stdout.flush()  # here, and not as Python exits
     except BrokenPipeError:  # whoever read the output has enough of it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
         message = str(error)
         if getattr(error, "filename", None):  # Python's "[Errno 2] ..."
             message = f"{error.filename}: {error.strerror}"
     except KeyboardInterrupt:
         message = stopped
-    if message is not None:
-        print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
+    print(f"{program}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
 @contextmanager
@@ -67,19 +65,16 @@ def reading(file):
     except Exception as error:
         if file is None or (type(error) is ValueError and str(error).startswith(str(file))):
             raise
-        reason, kind = (str(error).splitlines() or [""])[0], type(error).__name__
+        reason = (str(error).splitlines() or [""])[0]
         if isinstance(error, pickle.UnpicklingError):  # torch.load's text advises to run its code
             reason = "not a PyTorch file of plain tensors"
-        elif isinstance(error, UnicodeDecodeError):
-            reason = "it is not UTF-8: save it as UTF-8"
         elif type(error) is not ValueError:
-            reason = f"{kind}: {reason}"
+            reason = f"{type(error).__name__}: {reason}"
         raise ValueError(f"{file}: {reason:.200}") from error
 
 
 def write(file, data):
-    """Write bytes next to `file`, then rename that: an interrupted run leaves the file as it was.
-    """
+    """Write bytes next to `file`, then rename: an interrupted run leaves the file as it was."""
     partial = partial_of(file)
     try:
         partial.write_bytes(data)

@@ -99,14 +99,14 @@ class Task:
     def read(self, file, at_least=1):
         """The Split in a file of so many rows or more."""
         with reading(file):
-            rows = self.rows(file)
+            rows = list(self.rows(file))
             if len(rows) < at_least:
                 raise ValueError(f"it needs {at_least} rows or more, and has {len(rows)}")
-            return Split([texts for _, texts, _ in rows],
-                         [self.label_of(label, number) for number, _, label in rows])
+            return Split([texts for texts, _, _ in rows],
+                         [self.label_of(label, number) for _, label, number in rows])
 
     def rows(self, file):
-        """[(line number, texts, label as it is written)]"""
+        """(texts, label as it is written, line number) of each row."""
         lines = list(enumerate(table(file), 1))
         if self.folder == "CoLA":  # the one file without a header
             header = ["source", "label", "original_label", "sentence"]
@@ -118,7 +118,6 @@ class Task:
                                  f"{', '.join(map(repr, header)):.80}; tabs separate columns")
         text_columns = [header.index(name) for name in self.texts]
         label_column = header.index(self.label)
-        result = []
         for number, row in lines:
             is_short = len(row) <= max(label_column, *text_columns)
             # GLUE's own files have rows of odd lengths.
@@ -127,8 +126,7 @@ class Task:
             label = row[label_column].strip()
             if not label:
                 raise ValueError(f"line {number}: the label is empty")
-            result.append((number, tuple(row[i] for i in text_columns), label))
-        return result
+            yield tuple(row[i] for i in text_columns), label, number
 
     def label_of(self, text, number):
         """The class id or the score that a label in a file stands for."""
@@ -163,8 +161,8 @@ TASKS = {
 def own_task(folder, regression=False):
     """The Task of a folder with train.tsv and perhaps dev.tsv, the test.
 
-    Their first line names the columns: `text`, or `text1` and `text2`, and `label`. Labels are
-    classes, in sorted order, or with `regression` numbers.
+    Their first line names the columns: text, or text1 and text2, and label. Labels are classes, in
+    sorted order, or with `regression` numbers.
     """
     folder = Path(folder).resolve()
     file = folder / "train.tsv"
@@ -176,7 +174,7 @@ def own_task(folder, regression=False):
         task = Task(str(folder), texts, "label", (),
                     correlations if regression else accuracy_and_macro_f1,
                     ("dev",) if (folder / "dev.tsv").is_file() else ())
-        labels = sorted({label for _, _, label in task.rows(file)})
+        labels = sorted({label for _, label, _ in task.rows(file)})
         if len(labels) < 2:
             raise ValueError(f"two different labels or more are needed, it has {labels!r:.40}")
     return task if regression else replace(task, classes=tuple(labels))

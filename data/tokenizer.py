@@ -180,14 +180,12 @@ def read_vocabulary(path, saved):
     else:
         raise FileNotFoundError(f"no tokenizer.json, no vocab.txt, and no vocab.json with "
                                 f"merges.txt, in {path}")
-    for piece, i in vocab.items():
-        if type(i) is not int or not 0 <= i < 10 ** 7:
-            raise ValueError(f"the vocabulary gives {piece!r:.40} the id {i!r:.20}")
+    if not all(type(i) is int and 0 <= i < 10 ** 7 for i in vocab.values()):
+        raise ValueError("the vocabulary's ids are not whole numbers from 0")
     if merges is not None:
         merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges]
-        for pair in merges:
-            if len(pair) != 2 or not {*pair, "".join(pair)} <= vocab.keys():
-                raise ValueError(f"the merge {pair!r:.60} is not of two pieces in the vocabulary")
+        if not all(len(x) == 2 and {*x, "".join(x)} <= vocab.keys() for x in merges):
+            raise ValueError("a merge is not of two pieces in the vocabulary")
     return vocab, merges
 
 

@@ -129,7 +129,7 @@ def test_a_missing_file_column_or_task_is_named(tmp_path):
         glue.load("rte", tmp_path)
     for content, words in (
         (b"index\tsentence1\tsentence2\tlabel\n", "dev.tsv: it needs 1 rows or more, and has 0"),
-        (b"index\tcaf\xe9", "dev.tsv: it is not UTF-8"),
+        (b"index\tcaf\xe9", "dev.tsv: UnicodeDecodeError"),
     ):
         (tmp_path / "RTE" / "dev.tsv").write_bytes(content)
         with pytest.raises(ValueError, match=words):
