@@ -293,9 +293,9 @@ GENERIC = {"tokenizer_class": "TokenizersBackend"}
     (saved, "bert", {"config": GENERIC, "model": {"max_input_chars_per_word": 9}}, "model is"),
     (saved, "roberta", {"config": GENERIC, "model": {"ignore_merges": True}}, "ignore_merges"),
     (saved, "roberta", {"config": GENERIC, "normalizer": {"type": "NFC"}}, "normalizer is"),
-    (saved, "bert", {"model": {"vocab": {"[PAD]": -1}}}, r"gives '\[PAD\]' the id -1"),
-    (saved, "bert", {"model": {"vocab": {"[PAD]": 0.5}}}, "the id 0.5"),
-    (saved, "bert", {"model": {"vocab": {"[PAD]": 10 ** 12}}}, "the id 1000000000000"),
+    (saved, "bert", {"model": {"vocab": {"[PAD]": -1}}}, "ids are not whole numbers"),
+    (saved, "bert", {"model": {"vocab": {"[PAD]": 0.5}}}, "ids are not whole numbers"),
+    (saved, "bert", {"model": {"vocab": {"[PAD]": 10 ** 12}}}, "ids are not whole numbers"),
     (saved, "roberta", {"model": {"merges": ["y x z"]}}, "is not of two pieces"),
     (saved, "roberta", {"model": {"merges": [["y", "xyz"]]}}, "is not of two pieces"),
 ])
@@ -314,7 +314,7 @@ def test_missing_tokens_and_files_are_named(tmp_path):
     with pytest.raises(ValueError, match=rf"{tmp_path}: .* has no special token '\[SEP\]'"):
         tokenizer.load(tmp_path)
     (tmp_path / "vocab.txt").write_bytes(b"caf\xe9")
-    with pytest.raises(ValueError, match="vocab.txt: it is not UTF-8"):
+    with pytest.raises(ValueError, match="vocab.txt: UnicodeDecodeError"):
         tokenizer.load(tmp_path)
     (tmp_path / "vocab.txt").unlink()
     with pytest.raises(FileNotFoundError, match=f"no tokenizer.json, no vocab.txt.* in {tmp_path}"):
