@@ -72,7 +72,7 @@ def train(model, forward, data, metrics, args, ckpt):
     optimizer = make_optimizer(model, args)
     if history:
         with reading(args.resume):
-            checkpoint.unpack_state(ckpt, model, optimizer)
+            checkpoint.resume(ckpt, model, optimizer)
     step = make_step(forward, split, optimizer, args.grad_clip)
     if device.type == "cuda" and not args.no_graphs:
         step = Recorded(step)
@@ -102,7 +102,8 @@ def train(model, forward, data, metrics, args, ckpt):
 
         scores = evaluate(model, forward, data["validation"], metrics, args.batch_size)
         history.append({"epoch": epoch, "loss": loss, "seconds": seconds, "validation": scores})
-        ckpt.update(checkpoint.pack_state(model, optimizer))  # "last" weights and "optimizer"
+        ckpt["last"] = {name: p.detach().cpu().clone() for name, p in trained_tensors(model).items()}
+        ckpt["optimizer"] = optimizer.state_dict()["state"]
         is_best = best_of(history)["epoch"] == epoch
         if is_best:
             ckpt.update(best_epoch=epoch, weights=ckpt["last"])

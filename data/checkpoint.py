@@ -94,16 +94,8 @@ def verified_encoder(checkpoint, folder=None):
     return folder
 
 
-def pack_state(model, optimizer):
-    """What a run needs to resume: the last weights and the optimizer's state, on the CPU."""
-    weights = {name: p.detach().cpu().clone() for name, p in trained_tensors(model).items()}
-    state = {number: {name: value.cpu() for name, value in values.items()}
-             for number, values in optimizer.state_dict()["state"].items()}
-    return {"last": weights, "optimizer": state}
-
-
-def unpack_state(checkpoint, model, optimizer):
-    """Put what pack_state packed back in its place."""
+def resume(checkpoint, model, optimizer):
+    """Put the last epoch's weights and the optimizer's state back."""
     copy_tensors(checkpoint["last"], trained_tensors(model))
     [group], state = optimizer.param_groups, checkpoint["optimizer"]
     for i, p in enumerate(group["params"]):

@@ -264,7 +264,6 @@ def test_accuracy_and_macro_f1_are_scikit_learns():
         (["a\t1", "b"], None, "text\tlabel", "train.tsv: line 3: 1 columns, expected 2"),
         (["a\t1", "b\tc\t2"], None, "text\tlabel", "train.tsv: line 3: 3 columns, expected 2"),
         (["a\t1"], None, "sentence\tlabel", "line 1 must name a column 'text'"),
-        (["a\tb\tc\t1"], None, "text\ttext1\ttext2\tlabel", "name one text, or two"),
         ([], None, "text\tlabel", "train.tsv: two different labels or more are needed, it has .."),
         (["a\t1", "b\t "], None, "text\tlabel", "train.tsv: line 3: the label is empty"),
     ],
