@@ -485,8 +485,8 @@ def settle(args, device):
 
 
 def pick_device(name):
-    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    kinds = [kind for kind in available if available[kind]] + ["cpu"]
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    kinds = ["cuda"] * cuda + ["mps"] * mps + ["cpu"]
     name = name or kinds[0]
     if PROCESSES > 1 and name == "cuda":
         name = f"cuda:{os.environ['LOCAL_RANK']}"

@@ -17,12 +17,10 @@ class Encoded:
         multiple = 8 if device.type == "cuda" else 1
         self.widths = np.minimum(-(-self.lengths // multiple) * multiple, max_len)
         shape = len(encoded), self.widths.max()
-        input_ids = np.full(shape, tok.pad_id)
-        token_type_ids = np.zeros(shape, np.int64)
-        for i, (ids, types) in enumerate(encoded):
-            input_ids[i, :len(ids)] = ids
-            token_type_ids[i, :len(ids)] = types
         mask = np.arange(shape[1]) < self.lengths[:, None]
+        input_ids, token_type_ids = np.full(shape, tok.pad_id), np.zeros(shape, np.int64)
+        input_ids[mask] = np.concatenate([input_ids for input_ids, _ in encoded])
+        token_type_ids[mask] = np.concatenate([types for _, types in encoded])
         self.input_ids = torch.from_numpy(input_ids).to(device)
         self.token_type_ids = torch.from_numpy(token_type_ids).to(device)
         self.mask = torch.from_numpy(mask).to(device)

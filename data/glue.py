@@ -11,7 +11,6 @@ is held out to choose the epoch ("validation"), and what GLUE calls dev is repor
 import math
 import os
 import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -74,8 +73,7 @@ class Split(NamedTuple):
     labels: list  # of class ids, or of scores
 
 
-@dataclass
-class Task:
+class Task(NamedTuple):
     """Where a task's rows are, what its labels mean, and how it is scored."""
 
     folder: str  # under GLUE's folder, or the absolute path of one's own
@@ -174,7 +172,7 @@ def own_task(folder, regression=False):
         labels = sorted({label for _, label, _ in task.rows(file)})
         if len(labels) < 2:
             raise ValueError(f"two different labels or more are needed, it has {labels!r:.40}")
-    return task if regression else replace(task, classes=tuple(labels))
+    return task if regression else task._replace(classes=tuple(labels))
 
 
 def find_task(name, regression=False):

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from condlora import copy_tensors
+from condlora import adapted_layers, copy_tensors
 from model import BUCKETS, Config, Transformer
 
 from .command import reading, write
@@ -93,22 +93,13 @@ def load(path, n_out=2):
 
 
 def save(model, path):
-    """Write what `load` reads, in float32.
+    """Write what `load` reads, in float32. config.json comes last: then the folder is complete.
 
-    config.json comes last: where it is, the folder is complete. Of a model that condlora adapted
-    and merged, W0 + dW is written. Raises ValueError if it is adapted and not merged, since the
-    files could not hold the adapter.
+    Raises ValueError if the model is adapted, since the files could not hold the adapter.
     """
-    tensors = {}
-    for name, module in model.named_modules():
-        weights = dict(module.named_parameters(recurse=False))
-        if hasattr(module, "merged"):  # an adapted layer
-            if module.merged is None:
-                raise ValueError(f"{name} is adapted: merge the model, then save it")
-            weights["weight"] = module.merged
-        for last in ("weight", "bias"):
-            if last in weights:
-                tensors[hf_name(f"{name}.{last}", model.config.model_type)] = weights[last]
+    if adapted_layers(model):
+        raise ValueError("the model is adapted: save it after merge_and_unload")
+    tensors = {hf_name(name, model.config.model_type): p for name, p in model.named_parameters()}
     write_safetensors(Path(path) / "model.safetensors", tensors)
     settings = dataclasses.asdict(model.config)
     settings["num_labels"] = settings.pop("n_out")

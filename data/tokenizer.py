@@ -30,25 +30,20 @@ class Tokenizer:
             ids[special[name]] for name in ("cls", "sep", "pad", "mask"))
         self.vocab_size = max(ids.values()) + 1
         # Most added tokens are found as they are written, the others after normalization.
-        self.written = AddedTokens([(t["content"], t) for t in added if not t["normalized"]])
-        self.normalized = AddedTokens([(algorithm.normalize(t["content"]), t)
-                                       for t in added if t["normalized"]])
+        self.written = AddedTokens(str, [t for t in added if not t["normalized"]])
+        self.normalized = AddedTokens(algorithm.normalize, [t for t in added if t["normalized"]])
         # Words repeat. A cache for each tokenizer; a decorator's would be shared.
         self.ids_of_word = lru_cache(maxsize=1 << 18)(algorithm.ids_of_word)
 
     def ids(self, text):
         """Token ids of a text, without the special tokens around it."""
         ids = []
-        for part, token in self.written.split(text):
-            if token:
-                ids.append(token["id"])
-                continue
-            for part, token in self.normalized.split(self.algorithm.normalize(part)):
-                if token:
-                    ids.append(token["id"])
-                elif part:
-                    for word in self.algorithm.words(part):
-                        ids += self.ids_of_word(word)
+        for part, added_ids in self.written.split(text):
+            for piece, inner_ids in self.normalized.split(self.algorithm.normalize(part)):
+                for word in self.algorithm.words(piece) if piece else ():
+                    ids += self.ids_of_word(word)
+                ids += inner_ids
+            ids += added_ids
         return ids
 
     def encode(self, text, pair=None, max_len=128):
@@ -75,23 +70,27 @@ class Tokenizer:
 
 
 class AddedTokens:
-    """Finds (text, token) pairs in a text: the leftmost, and of several there the longest."""
+    """Finds tokens in a text: the leftmost, and of several there the longest."""
 
-    def __init__(self, pairs):
-        self.tokens, patterns = dict(pairs), []
-        for text, token in sorted(pairs, key=lambda pair: -len(pair[0])):
+    def __init__(self, normalize, tokens):
+        pairs = sorted(((normalize(token["content"]), token) for token in tokens),
+                       key=lambda pair: -len(pair[0]))
+        self.ids, patterns = [token["id"] for _, token in pairs], []
+        for text, token in pairs:
             if not text or token["lstrip"] and text[0] in SPACES:
                 raise ValueError(f"the added token {text!r:.40} is empty or begins with a space")
             # lstrip: it takes all spaces before it along.
             spaces = f"(?:(?<![{SPACES}])[{SPACES}]+)?" * token["lstrip"]
-            patterns.append(spaces + re.escape(text))
-        self.pattern = re.compile(f"({'|'.join(patterns) or '(?!)'})")
+            patterns.append(f"{spaces}({re.escape(text)})")
+        self.pattern = re.compile("|".join(patterns) or "(?!)")
 
     def split(self, text):
-        """(plain text, None), (an added token's text, the token), (plain text, None), ..."""
-        for i, part in enumerate(self.pattern.split(text)):
-            token = self.tokens.get(part) or self.tokens.get(part.lstrip(SPACES))
-            yield part, token if i % 2 else None
+        """(text, [id of the token after it]), ..., (text, [])"""
+        end = 0
+        for match in self.pattern.finditer(text):
+            yield text[end:match.start()], [self.ids[match.lastindex - 1]]
+            end = match.end()
+        yield text[end:], []
 
 
 # Reading a folder --------------------------------------------------------------------------------

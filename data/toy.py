@@ -88,16 +88,10 @@ class Speaker:
         return first, self.sentence(subject, verb=verb, by_name=self.rng.random() < 0.3)
 
 
-def corpus(n):
-    """n texts of two sentences, to pretrain on."""
-    speaker = Speaker(seed=0)
-    return [speaker.example(True) for _ in range(n)]
-
-
 def load():
     """{"train", "validation", "test"} of Splits, labels 1 (true) and 0. No example appears twice.
     """
-    speaker, examples = Speaker(seed=[1, 0]), {}  # not the corpus's seed
+    speaker, examples = Speaker(seed=[1, 0]), {}  # not pretrain's seed
     while len(examples) < ROWS["test"].stop:
         label = speaker.one_of((0, 1))
         examples.setdefault(speaker.example(label), label)
@@ -125,7 +119,9 @@ def pretrain(config, tok, steps, device):
     """Masked-language modelling (Devlin et al. 2019): hide a fifth of the words and guess them."""
     torch.manual_seed(0)
     model = Transformer(config).to(device)
-    encoded = Encoded(Split(corpus(20000), [0] * 20000), tok, config.max_len, device)
+    speaker = Speaker(seed=0)
+    corpus = Split([speaker.example(True) for _ in range(20000)], [0] * 20000)
+    encoded = Encoded(corpus, tok, config.max_len, device)
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, 3e-3, steps + 1, pct_start=0.1, anneal_strategy="linear", cycle_momentum=False)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import hf_config, hf_state, write_encoder
 
-from condlora import adapt, adapter_parameters, merge
+from condlora import adapt, adapter_parameters, merge_and_unload
 from data import pretrained
 from data.pretrained import read_safetensors
 from model import Config, Transformer, relative_buckets
@@ -269,14 +269,14 @@ def test_a_safetensors_header_that_contradicts_the_file_is_refused(tmp_path, ent
         read_safetensors(tmp_path / "model.safetensors")
 
 
-def test_an_adapted_model_is_saved_merged_or_not_at_all(bert_folder, tmp_path):
+def test_an_adapted_model_is_saved_after_merge_and_unload_or_not_at_all(bert_folder, tmp_path):
     pretrained.save(pretrained.load(bert_folder).bfloat16(), tmp_path)  # as float32
     model = adapt(pretrained.load(tmp_path).eval(), "condlora", rank=2)
     for parameter in adapter_parameters(model):
         torch.nn.init.normal_(parameter)
-    with pytest.raises(ValueError, match="layers.0.attention.query is adapted: merge the model"):
+    with pytest.raises(ValueError, match="is adapted: save it after merge_and_unload"):
         pretrained.save(model, tmp_path)
-    pretrained.save(merge(model), tmp_path)
+    pretrained.save(merge_and_unload(model), tmp_path)
     ids = torch.tensor([[2, 5, 6, 3]])
     assert torch.equal(pretrained.load(tmp_path).eval()(ids), model(ids))
     names = read_safetensors(tmp_path / "model.safetensors")
