@@ -229,8 +229,8 @@ def z_score(value, baseline):
 def comparison(one, two, i, j):
     """{matrix: phi between two adapters' layers, mean over layers, and its baselines}.
 
-    The control of C_A and C_B is untrained ones, drawn separately for each side. Of A the right
-    singular vectors are compared, which are A^T's left ones; of the others the left.
+    The control is untrained ones, drawn separately for each side. Of A the right singular vectors
+    are compared, which are A^T's left ones; of the others the left.
     """
     rng = torch.Generator().manual_seed(2)
     matrices_of = lambda target: target.factors | {
@@ -245,11 +245,10 @@ def comparison(one, two, i, j):
     rows = {}
     for name, X in matrices.items():
         pairs = (gaussian((2, *X.shape), rng, X.device) for _ in range(DRAWS))  # of stacks
-        rows[name] = {"phi": mean_phi(X, others[name]),
-                      "random": mean_and_deviation(mean_phi(*pair) for pair in pairs)}
-        if name.startswith("C_"):
-            rows[name]["control"] = mean_and_deviation(mean_phi(x[name], y[name])
-                                                       for x, y in controls)
+        rows[name] = {
+            "phi": mean_phi(X, others[name]),
+            "control": mean_and_deviation(mean_phi(x[name], y[name]) for x, y in controls),
+            "random": mean_and_deviation(mean_phi(*pair) for pair in pairs)}
     return rows
 
 
@@ -344,7 +343,7 @@ def print_tables(result, file, compared_file, verbose):
         print(f"Similarity of {file} to {compared_file}, layer by layer\n(mean φ of left "
               f"singular vectors)")
         show(["", "between the two", "control (untrained)", "random"],
-             [[name, f"{row['phi']:.4f}", plus_minus(row.get("control")), plus_minus(row["random"])]
+             [[name, f"{row['phi']:.4f}", plus_minus(row["control"]), plus_minus(row["random"])]
               for name, row in flat(result["compare"])])
     is_condlora = "theta" in result
     what = "A and B, made by one pair of thetas" if is_condlora else "conversion matrices"
@@ -378,7 +377,7 @@ def show(header, rows):
 
 
 def plus_minus(pair):
-    return f"{pair[0]:.4f} ± {pair[1]:.4f}" if pair else ""
+    return f"{pair[0]:.4f} ± {pair[1]:.4f}"
 
 
 # Checkpoints and the command line ----------------------------------------------------------------

@@ -184,11 +184,10 @@ class Transformer(nn.Module):
     def encode(self, input_ids, token_type_ids=None, attention_mask=None, first_only=False):
         """Last hidden states (B, T, d) of token ids (B, T).
 
-        token_type_ids (B, T) are 0 by default; encoders with one type or none, as RoBERTa and
-        MPNet, ignore them. attention_mask (B, T) is 1 for
-        tokens and 0 for padding; without it every position is attended to. first_only gives the
-        first token's state, (B, 1, d), and saves most of the last layer. Raises ValueError if T is
-        more than the model's positions.
+        token_type_ids (B, T) are 0 by default; encoders with one type or none ignore them.
+        attention_mask (B, T) is 1 for tokens and 0 for padding; without it every position is
+        attended to. first_only gives the first token's state, (B, 1, d), and saves most of the last
+        layer. Raises ValueError if T is more than the model's positions.
         """
         T = input_ids.shape[1]
         if T > self.config.max_len:

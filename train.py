@@ -102,11 +102,11 @@ def train(model, forward, data, metrics, args, ckpt):
 
         scores = evaluate(model, forward, data["validation"], metrics, args.batch_size)
         history.append({"epoch": epoch, "loss": loss, "seconds": seconds, "validation": scores})
-        ckpt["last"] = {name: p.detach().cpu().clone() for name, p in trained_tensors(model).items()}
-        ckpt["optimizer"] = optimizer.state_dict()["state"]
+        last = {name: p.detach().cpu().clone() for name, p in trained_tensors(model).items()}
+        ckpt.update(last=last, optimizer=optimizer.state_dict()["state"])
         is_best = best_of(history)["epoch"] == epoch
         if is_best:
-            ckpt.update(best_epoch=epoch, weights=ckpt["last"])
+            ckpt.update(best_epoch=epoch, weights=last)
         if IS_MASTER:
             checkpoint.save(ckpt, args.out)
             tqdm.write(f"epoch {epoch:2d}  loss {loss:.3f}  validation {text_of(scores)}"
@@ -217,7 +217,7 @@ def load_task(args, ckpt):
     if ckpt and any(ckpt.get(name, about[name]) != about[name] for name in fixed):
         raise ValueError(f"{file} was trained on other rows than {args.task} has now: they had "
                          f"{ckpt['n_texts']} texts, and classes {', '.join(ckpt['classes']):.60}")
-    if IS_MASTER and is_own(args.task) and glue.look_like_scores(classes):
+    if IS_MASTER and os.path.isabs(args.task) and glue.look_like_scores(classes):
         print(f"the labels are {len(classes)} different numbers: if they are scores, add "
               f"--regression")
     return splits, metrics, about
@@ -345,7 +345,7 @@ def report(args, model, ckpt, folder, scores, train_labels, device):
     classes, history = ckpt["classes"], ckpt["history"]
     seconds = sum(epoch["seconds"] for epoch in history)
     rows = {"task": args.task}
-    if is_own(args.task) and classes:
+    if os.path.isabs(args.task) and classes:
         rows["classes"] = ", ".join(f"{name} ({train_labels.count(i)})"
                                     for i, name in enumerate(classes))
     rows["method"] = args.method + (f", rank {args.rank}" if adapter else "")
@@ -393,7 +393,7 @@ def arguments(argv):
     args = parser.parse_args(argv)
     for name in settings:
         given, value = getattr(args, name), getattr(from_file, name)
-        is_folder = name == "task" and is_own(given) and is_own(value)
+        is_folder = name == "task" and os.path.isabs(given) and os.path.isabs(value)
         may_differ = is_folder or name == "data_dir" or (name == "dtype" and args.eval_only)
         if given != value and not may_differ:
             raise ValueError(f"--{name} {given} contradicts {file}, trained with {value}: "
@@ -456,13 +456,8 @@ def make_parser():
     return parser
 
 
-def is_own(task):
-    """Whether --task is a folder of one's own: task_name gives those absolute paths."""
-    return os.path.isabs(task)
-
-
 def task_name(text):
-    """The task, or the absolute path of a folder of one's own."""
+    """The task's name, or the absolute path of a folder of one's own."""
     is_name = text == "toy" or text.lower().replace("-", "") in glue.TASKS
     return text if is_name or not os.path.isdir(text) else str(Path(text).resolve())
 
@@ -476,7 +471,7 @@ def settle(args, device):
     args.dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if args.eval_only and (args.history or args.out != args.eval_only):
         raise ValueError("--out and --history record training, and --eval_only does not train")
-    if args.regression and not is_own(args.task):
+    if args.regression and not os.path.isabs(args.task):
         raise ValueError(f"--regression is for your own data, --task is {args.task}")
     if IS_MASTER and not args.eval_only:
         check_outputs({"--out": (args.out, b"data.pkl"), "--history": (args.history, b'{"epoch"')})

@@ -96,10 +96,7 @@ def split_mrpc(sentences, dev_ids, folder):
 
 
 def fetch(url, folder):
-    """Download `url` into `folder`; its file, or None if the server does not have it.
-
-    Raises OSError, naming the URL, if anything else goes wrong.
-    """
+    """Download `url` into `folder`; its file, None if the server lacks it, or OSError."""
     if not url.startswith(("https://", "http://")):  # urllib would follow file:// and data:
         raise OSError(f"{url:.100} begins with neither https:// nor http://")
     file = folder / url.rpartition("/")[2]

@@ -141,15 +141,13 @@ BINARY = ("0", "1")
 SENTENCES = ("sentence1", "sentence2")
 ENTAILMENT = ("entailment", "not_entailment")
 NLI = ("entailment", "neutral", "contradiction")
-MRPC_TEXTS, QQP_TEXTS = ("#1 String", "#2 String"), ("question1", "question2")
-MNLI_DEVS = ("dev_matched", "dev_mismatched")
 TASKS = {
     "cola": Task("CoLA", ("sentence",), "label", BINARY, matthews_and_accuracy),
     "sst2": Task("SST-2", ("sentence",), "label", BINARY, accuracy),
-    "mrpc": Task("MRPC", MRPC_TEXTS, "Quality", BINARY, accuracy_and_f1),
+    "mrpc": Task("MRPC", ("#1 String", "#2 String"), "Quality", BINARY, accuracy_and_f1),
     "stsb": Task("STS-B", SENTENCES, "score", (), correlations),
-    "qqp": Task("QQP", QQP_TEXTS, "is_duplicate", BINARY, accuracy_and_f1),
-    "mnli": Task("MNLI", SENTENCES, "gold_label", NLI, accuracy, MNLI_DEVS),
+    "qqp": Task("QQP", ("question1", "question2"), "is_duplicate", BINARY, accuracy_and_f1),
+    "mnli": Task("MNLI", SENTENCES, "gold_label", NLI, accuracy, ("dev_matched", "dev_mismatched")),
     "qnli": Task("QNLI", ("question", "sentence"), "label", ENTAILMENT, accuracy),
     "rte": Task("RTE", SENTENCES, "label", ENTAILMENT, accuracy),
     "wnli": Task("WNLI", SENTENCES, "label", BINARY, accuracy),
@@ -159,8 +157,8 @@ TASKS = {
 def own_task(folder, regression=False):
     """The Task of a folder with train.tsv and perhaps dev.tsv, the test.
 
-    Their first line names the columns: text, or text1 and text2, and label. Labels are classes, in
-    sorted order, or with `regression` numbers.
+    Line 1 names the columns: text, or text1 and text2, and label: classes, or with `regression`
+    numbers.
     """
     folder = Path(folder).resolve()
     file = folder / "train.tsv"

@@ -55,10 +55,9 @@ def hf_name(name, model_type):
 def load(path, n_out=2):
     """The Transformer of a folder with config.json and model.safetensors or pytorch_model.bin.
 
-    Weights are found with and without the prefix "bert.", "roberta." or "mpnet.", and converted to
-    float32. A head that is missing or has another number of outputs than n_out is re-initialized;
-    other keys (the MLM head) are ignored. Raises FileNotFoundError or ValueError, naming the file
-    and what is missing or does not fit.
+    Names may lack the prefix "bert.", "roberta." or "mpnet."; weights become float32. A head that
+    is missing or has not n_out outputs is re-initialized; other keys (the MLM head) are ignored.
+    Raises FileNotFoundError or ValueError, naming the file and what is missing or does not fit.
     """
     path = Path(path)
     config = read_config(path / "config.json", n_out)
@@ -158,8 +157,7 @@ DTYPES = {
 def read_safetensors(file):
     """{name: tensor} of a .safetensors file.
 
-    The file is 8 bytes with the header's length, a JSON header with each tensor's dtype, shape and
-    place in bytes, then the numbers.
+    8 bytes are the header's length; the JSON header has each tensor's dtype, shape and place.
     """
     with reading(file):
         raw = np.memmap(file, mode="c")

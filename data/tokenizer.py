@@ -3,8 +3,7 @@
     tok = load("data/models/roberta-base")
     input_ids, token_type_ids = tok.encode("A first sentence.", "Perhaps a second.", max_len=128)
 
-data/pieces.py has the algorithms, WordPiece and byte-level BPE; this file adds special tokens,
-pairs and truncation, and reads folders.
+data/pieces.py has WordPiece and byte-level BPE; here are special tokens, pairs and folders.
 """
 
 import json
@@ -49,8 +48,8 @@ class Tokenizer:
     def encode(self, text, pair=None, max_len=128):
         """(input_ids, token_type_ids) of a text or a pair of texts, special tokens included.
 
-        They are at most max_len long: too long a pair loses tokens of its longer part first
-        ("longest first"). Raises ValueError if max_len leaves no room for a token.
+        Beyond max_len the longer part loses tokens first ("longest first"). Raises ValueError if
+        max_len leaves no room for a token.
         """
         template = self.template[:3] if pair is None else self.template
         a, b = self.ids(text), [] if pair is None else self.ids(pair)
@@ -112,9 +111,9 @@ MPNET_PAIR = [("cls", 0), ("A", 0), ("sep", 0), ("sep", 0), ("B", 1), ("sep", 1)
 def load(path):
     """The tokenizer of a folder, as AutoTokenizer of transformers 5 reads it.
 
-    The vocabulary is tokenizer.json's; without that file, vocab.txt's (WordPiece), or that of
-    vocab.json and merges.txt (BPE). Raises FileNotFoundError or ValueError, naming the folder, if a
-    file is missing or damaged, or asks for something that is not implemented here.
+    The vocabulary is tokenizer.json's, else vocab.txt's (WordPiece), or that of vocab.json and
+    merges.txt (BPE). Raises FileNotFoundError or ValueError, naming the folder, if a file is missing
+    or damaged, or asks for something that is not implemented here.
     """
     path = Path(path)
     with reading(path):

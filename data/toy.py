@@ -9,9 +9,8 @@ agree with the noun in number (0). Each noun has a synonym (noun11a, noun11b), a
 first, perhaps with the noun's synonym or the kind's name. So an encoder that fills in masked words
 learns kinds, number and synonyms, and nothing in it is tuned to the task.
 
-The task is like RTE. A second sentence that is not entailed is a good sentence with another noun of
-the same kind or another verb. The second sentence alone gives 57%, since a true one has a kind's
-name more often.
+The task is like RTE. A second sentence that is not entailed has another noun of the same kind or
+another verb. That sentence alone gives 57%, since a true one has a kind's name more often.
 """
 
 import numpy as np
