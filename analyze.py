@@ -385,12 +385,18 @@ def plus_minus(pair):
 def read(file, init_from, device):
     """(task, method, {name: Target}) of a checkpoint, or of a folder that PEFT wrote."""
     with reading(file):
-        if not file.is_dir():
-            task, model = read_checkpoint(file, init_from)
-        elif init_from:
+        if file.is_dir():
+            if not init_from:
+                raise ValueError("say where the encoder of PEFT's adapter is with --init_from")
             task, model = file.resolve().name, peft_format.read(file, pretrained.load(init_from))
         else:
-            raise ValueError("say where the encoder of PEFT's adapter is with --init_from")
+            ckpt = checkpoint.load(file)
+            task, method = ckpt["task"], ckpt["settings"]["method"]
+            if method not in ("lora", "condlora"):
+                raise ValueError(f"nothing to analyze in --method {method:.20}: train lora or "
+                                 f"condlora")
+            folder = checkpoint.verified_encoder(ckpt, init_from)
+            model = load_adapter(pretrained.load(folder, len(ckpt["classes"]) or 1), file)
         groups = {}  # {"query": {"layers.0.attention.query": layer, ...}, ...}
         for name, layer in adapted_layers(model.double()).items():
             if name.startswith("layers."):  # a PEFT adapter's head has no second layer to compare
@@ -422,17 +428,6 @@ def stacked(layers, device):
     thetas = (conversion.theta_A, conversion.theta_B) if conversion else ()
     return Target([name.split(".")[1] for name in layers], W0, A, B, every[0].scale,
                   tuple(theta.double().to(device) for theta in thetas), *inverse_of(W0))
-
-
-def read_checkpoint(file, init_from):
-    """(task, adapted model)"""
-    ckpt = checkpoint.load(file)
-    method = ckpt["settings"]["method"]
-    if method not in ("lora", "condlora"):
-        raise ValueError(f"nothing to analyze in --method {method:.20}: train lora or condlora")
-    folder = checkpoint.verified_encoder(ckpt, init_from)
-    model = pretrained.load(folder, len(ckpt["classes"]) or 1)
-    return ckpt["task"], load_adapter(model, file)
 
 
 def run(argv):

@@ -14,6 +14,7 @@ follows; the last part, "What makes it fast", wraps the same step: in float32 it
 up to rounding.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -63,9 +64,8 @@ def train(model, forward, data, metrics, args, ckpt):
     """Train for args.epochs epochs, or for those that the checkpoint `ckpt` lacks.
 
     forward(*inputs) gives logits: it is the model, or a faster equivalent (`prepare`). data is
-    {"train", "validation": Encoded}; a batch of it is row numbers, the length to cut them at, and
-    whether some are shorter. After each epoch the dict `ckpt` (its entries: data/checkpoint.py)
-    gets the epoch's history and weights and is saved.
+    {"train", "validation": Encoded}; a batch is row numbers, the length to cut them at, and whether
+    some are shorter. `ckpt` (data/checkpoint.py) gets each epoch's weights, and is saved.
     """
     split, history = data["train"], ckpt["history"]
     device, n = split.labels.device, len(split.labels)
@@ -211,8 +211,9 @@ def load_task(args, ckpt):
         else:
             task = glue.find_task(args.task, args.regression)
             splits, classes, metrics = task.load(args.data_dir), task.classes, task.metrics
+    rows = json.dumps([splits["train"], splits["validation"]]).encode()
     about = {"task": args.task, "classes": list(classes), "n_texts": len(splits["train"].texts[0]),
-             "data": checkpoint.data_sha256(splits)}
+             "data": hashlib.sha256(rows).hexdigest()}
     fixed = ("classes", "n_texts", "data") if args.resume else ("classes", "n_texts")
     if ckpt and any(ckpt.get(name, about[name]) != about[name] for name in fixed):
         raise ValueError(f"{file} was trained on other rows than {args.task} has now: they had "

@@ -42,9 +42,8 @@ class Encoded:
         """
         # One copy to the device, then split.
         all_rows = torch.from_numpy(np.concatenate(row_lists)).to(self.labels.device)
-        sizes = [len(numbers) for numbers in row_lists]
         result = []
-        for numbers, rows in zip(row_lists, all_rows.split(sizes)):
+        for numbers, rows in zip(row_lists, all_rows.split([len(x) for x in row_lists])):
             width = int(self.widths[numbers].max())
             padded = bool((self.lengths[numbers] < width).any())
             result.append((rows, width, padded))

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import json
 import zipfile
 from pathlib import Path
 
@@ -41,11 +40,9 @@ def save(checkpoint, file):
 
 def load(file):
     """The dict that `save` wrote. Raises FileNotFoundError or ValueError if it is not one."""
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"no checkpoint {file}: python train.py writes one")
-    with reading(file):
+    with reading(file), open(file, "rb") as opened:
         # torch.load does not look at the checksums.
-        if not zipfile.is_zipfile(file) or zipfile.ZipFile(file).testzip():
+        if not zipfile.is_zipfile(opened) or zipfile.ZipFile(opened).testzip():
             raise ValueError("not a checkpoint of train.py, or damaged")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         for name, kind in FORMAT.items():
@@ -77,12 +74,6 @@ def sha256(folder):
             with open(file, "rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
-
-
-def data_sha256(splits):
-    """SHA-256 of the texts and labels that a run trains on and chooses its epoch by."""
-    rows = [splits[name] for name in ("train", "validation")]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def verified_encoder(checkpoint, folder=None):

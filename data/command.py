@@ -5,7 +5,6 @@ import os
 import pickle
 import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 
 def parser_of(doc, usage=None):
@@ -54,9 +53,8 @@ def one_line(program, stopped="stopped"):
 def reading(file):
     """Whatever goes wrong in this block is one ValueError that names `file`.
 
-    It quotes the first line of the error, after its type unless that is ValueError, in at most 200
-    characters. FileNotFoundError passes, and so does a ValueError that begins with the file's name;
-    if `file` is None, everything.
+    It quotes the error's first line, in at most 200 characters. FileNotFoundError passes, and so
+    does a ValueError that begins with the file's name; if `file` is None, everything.
     """
     try:
         yield

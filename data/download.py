@@ -33,7 +33,7 @@ ARCHIVES = {"qqp": "QQP-clean", "qnli": "QNLIv2"}  # the others have their folde
 
 
 def get(name, data=DATA):
-    """Fetch one task or model unless its folder exists; returns the folder."""
+    """Fetch one task or model unless its folder exists; prints and returns the folder."""
     task = name.lower().replace("-", "")
     if task in glue.TASKS:
         name, fill, folder = task, glue_task, data / "glue" / glue.TASKS[task].folder
@@ -42,15 +42,13 @@ def get(name, data=DATA):
     else:
         raise ValueError(f"{name!r:.100} is neither a GLUE task ({', '.join(glue.TASKS)}) "
                          f"nor the name of a model")
-    if folder.exists():
-        print(f"{folder} exists")
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    # A folder next to it is filled, and renamed when it is complete.
-    with tempfile.TemporaryDirectory(".part", f".{folder.name}.", folder.parent) as partial:
-        fill(name, Path(partial))
-        os.chmod(partial, 0o755)
-        os.rename(partial, folder)
+    if not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # A folder next to it is filled, and renamed when it is complete.
+        with tempfile.TemporaryDirectory(".part", f".{folder.name}.", folder.parent) as partial:
+            fill(name, Path(partial))
+            os.chmod(partial, 0o755)
+            os.rename(partial, folder)
     print(folder)
     return folder
 

@@ -157,8 +157,7 @@ TASKS = {
 def own_task(folder, regression=False):
     """The Task of a folder with train.tsv and perhaps dev.tsv, the test.
 
-    Line 1 names the columns: text, or text1 and text2, and label: classes, or with `regression`
-    numbers.
+    Line 1 names the columns: text (or text1, text2) and label, a class, or a number (`regression`).
     """
     folder = Path(folder).resolve()
     file = folder / "train.tsv"

@@ -4,6 +4,7 @@
     read(folder, model)                       # adapts a model with anyone's LoRA adapter
 """
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -91,11 +92,10 @@ def read(folder, model):
         tensors = {name.removeprefix(BASE).removeprefix(f"{kind}."): tensor
                    for name, tensor in read_safetensors(file).items()}
         factors = {}  # {"layers.0.attention.query.A": A (r, d_in), ...}
-        for name in dict(model.named_modules()):
-            key = hf_name(f"{name}.", kind)[:-1].removeprefix(f"{kind}.")
-            for letter in "AB":
-                if f"{key}.lora_{letter}.weight" in tensors:
-                    factors[f"{name}.{letter}"] = tensors.pop(f"{key}.lora_{letter}.weight")
+        for (name, _), letter in itertools.product(model.named_modules(), "AB"):
+            key = hf_name(f"{name}.", kind).removeprefix(f"{kind}.") + f"lora_{letter}.weight"
+            if key in tensors:
+                factors[f"{name}.{letter}"] = tensors.pop(key)
         # What is left may be a head, or biases, which leave W0 alone.
         for name in tensors:
             is_head = name.startswith(("classifier.", "pooler."))

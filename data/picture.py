@@ -37,13 +37,6 @@ class Picture:
                           f'height="{height:.1f}" fill="{fill}"><title>{escape(title)}</title>'
                           f"</rect>")
 
-    def legend(self, x, y, low, high, length):
-        """The scale, with words for its two ends."""
-        for step in range(length // 2):
-            self.box(x + 2 * step, y, 2.5, 10, colour(step, 0, length // 2 - 1))
-        self.text(x, y + 24, low, 11)
-        self.text(x + length, y + 24, high, 11, "end")
-
     def __str__(self):
         return "\n".join([*self.parts, "</svg>"]) + "\n"
 
@@ -82,5 +75,8 @@ def maps(headline, title, table, numbers):
                             colour(value, low, high),
                             f"{name}, layers {numbers[min(a, b)]} and {numbers[max(a, b)]}, "
                             f"{kind}: {value:.4f}")
-        drawing.legend(x, y + size + 24, f"{low:.3f} (random)", f"{high:.3f}", size)
+        for step in range(size // 2):
+            drawing.box(x + 2 * step, y + size + 24, 2.5, 10, colour(step, 0, size // 2 - 1))
+        drawing.text(x, y + size + 48, f"{low:.3f} (random)", 11)
+        drawing.text(x + size, y + size + 48, f"{high:.3f}", 11, "end")
     return str(drawing)

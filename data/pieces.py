@@ -1,9 +1,8 @@
 """WordPiece and byte-level BPE: both split a text into words by fixed rules, then each word into
-pieces by a learned vocabulary.
+pieces by a learned vocabulary, which data/tokenizer.py reads.
 
 WordPiece is BERT's and MPNet's (Wu et al. 2016, arXiv:1609.08144), byte-level BPE is RoBERTa's
-(Radford et al. 2019). data/tokenizer.py reads their vocabularies from folders. Characters'
-classes are those of Python's unicodedata; for some newer than Unicode 8 Hugging Face's differ.
+(Radford et al. 2019). A few characters newer than Unicode 8 split otherwise in Hugging Face's.
 """
 
 import re

@@ -112,8 +112,8 @@ def load(path):
     """The tokenizer of a folder, as AutoTokenizer of transformers 5 reads it.
 
     The vocabulary is tokenizer.json's, else vocab.txt's (WordPiece), or that of vocab.json and
-    merges.txt (BPE). Raises FileNotFoundError or ValueError, naming the folder, if a file is missing
-    or damaged, or asks for something that is not implemented here.
+    merges.txt (BPE). Raises FileNotFoundError or ValueError, naming the folder, if a file is
+    missing or damaged, or asks for something that is not implemented here.
     """
     path = Path(path)
     with reading(path):

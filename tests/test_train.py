@@ -312,7 +312,7 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
         (["--data_dir", "nowhere"], "SST-2/train.tsv not found. Run `python data/download.py SST"),
         (["--max_len", "2"], "max_len is 2"),
         (["--out", "nowhere/ckpt.pt"], "--out nowhere/ckpt.pt cannot be written"),
-        (["--eval_only", "nowhere.pt"], "no checkpoint nowhere.pt"),
+        (["--eval_only", "nowhere.pt"], "nowhere.pt: No such file"),
         (["--lr", "1e30"], "the loss is .* in epoch"),
         (["--alpha", "1e300"], "argument --alpha: '1e300' is not from"),
         (["--seed", "-1"], "argument --seed: '-1' is not from 0 to 4294967295"),
