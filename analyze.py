@@ -10,8 +10,8 @@ arXiv:2403.14946, section 3), compared by the subspace similarity phi of the LoR
 
 LoRA:     the conversion matrices of every pair of layers. The control, which the paper lacks, is
           untrained A and B through the same W0^-1: it tells what W0 does by itself. With the
-          default --i and --j, the rank, C_BA has no row, since its left vectors span what C_B's do.
-CondLoRA: with square W0 every layer has the same conversion matrices, the thetas. The question is
+          default --i, --j and --side C_BA has no row, since its left vectors span what C_B's do.
+CondLoRA: with square W0 every layer has the same conversion matrices, theta^T. The question is
           reversed: how similar are A and B, made by one theta from different W0? The control is
           untrained thetas.
 """
@@ -35,7 +35,7 @@ DRAWS = 100  # of each random baseline
 # The formulas ------------------------------------------------------------------------------------
 
 def inverse_of(W0):
-    """W0's inverse (..., d_in, d_out), its condition number (...), and whether it is exact (...).
+    """W0's inverse (..., d_in, d_out), its condition number (...), and whether it has one (...).
 
     If W0 (..., d_out, d_in) is rectangular or singular, it is the pseudo-inverse: the smallest
     least-squares solution.
@@ -125,7 +125,8 @@ class Target(NamedTuple):
 
     @property
     def conversions(self):
-        return conversion_matrices(self.W0, self.A, self.B, self.inverse)
+        C = conversion_matrices(self.W0, self.A, self.B, self.inverse)
+        return {"A": C["A"], "B": C["B"]}
 
     @property
     def compared(self):
@@ -137,11 +138,11 @@ class Target(NamedTuple):
 
         A is uniform, as adapt has it; B is Gaussian, since zero spans nothing.
         """
-        old_A, old_B = self.thetas or (self.A, self.B)  # what the method trains
-        bound = 1 / math.sqrt(old_A.shape[-1])
-        A = torch.empty(old_A.shape, dtype=torch.float64).uniform_(-bound, bound, generator=rng)
-        A, B = A.to(old_A.device), gaussian(old_B.shape, rng, old_B.device)
-        if self.thetas:  # then these are thetas, and make the factors
+        first, second = (x.shape for x in self.thetas or (self.A, self.B))  # what is trained
+        bound, device = 1 / math.sqrt(first[-1]), self.A.device
+        A = torch.empty(first, dtype=torch.float64).uniform_(-bound, bound, generator=rng)
+        A, B = A.to(device), gaussian(second, rng, device)
+        if self.thetas:  # A and B are thetas so far
             A, B = convert(self.W0, A, B)
         return self._replace(A=A, B=B)
 
@@ -155,8 +156,8 @@ def gaussian(shape, rng, device):
 def similarity_maps(matrices, A, i, j, side):
     """{"A", "B", "BA": phi of every pair of layers, (L, L)}, where BA is matrices["B"] @ A.
 
-    A map is left out if its phi is 1 by definition, i or j directions being all there are; and BA's
-    if it is B's again, since all of BA's left singular vectors span what B's do.
+    A map is left out if i or j is its vectors' length, so that phi is always 1; and BA's if it is
+    B's again, since all of BA's left singular vectors span what B's do.
     """
     left, S, right = thin_svd(matrices["B"], A)
     vectors = {name: singular_vectors(matrices[name], side) for name in "AB"}
@@ -169,7 +170,7 @@ def similarity_maps(matrices, A, i, j, side):
 def similarity(target, i, j, side):
     """{"A", "B", "BA": a row}: a dict of phi's mean over pairs of layers, and its baselines.
 
-    trained     of the compared matrices; "map" has every pair of layers
+    trained     of target.compared; "map" has every pair of layers
     control     (mean, sd) of untrained factors through the same W0; "control_map" their mean
     random      (mean, sd) of Gaussian matrices of these shapes; of a product of two for BA
     z           of trained, in sd of the control
@@ -222,7 +223,7 @@ def mean_and_deviation(values):
 
 def z_score(value, baseline):
     mean, deviation = baseline
-    # Where all layers have one W0, CondLoRA's phi is always 1: rounding is all the deviation.
+    # Where layers share one W0 (ALBERT), CondLoRA's phi is 1, and its deviation rounding.
     return (value - mean) / deviation if deviation > 1e-9 else 0.0
 
 
@@ -234,7 +235,7 @@ def comparison(one, two, i, j):
     """
     rng = torch.Generator().manual_seed(2)
     matrices_of = lambda target: target.factors | {
-        f"C_{name}": C for name, C in target.conversions.items() if name != "BA"}
+        f"C_{name}": C for name, C in target.conversions.items()}
 
     def mean_phi(X, Y):  # (L, d, r) both
         return phi(singular_vectors(X, "left"), singular_vectors(Y, "left"), i, j).mean().item()
@@ -244,7 +245,7 @@ def comparison(one, two, i, j):
                 for _ in range(DRAWS)]
     rows = {}
     for name, X in matrices.items():
-        pairs = (gaussian((2, *X.shape), rng, X.device) for _ in range(DRAWS))  # of stacks
+        pairs = (gaussian((2, *X.shape), rng, X.device) for _ in range(DRAWS))  # (2, L, d, r)
         rows[name] = {
             "phi": mean_phi(X, others[name]),
             "control": mean_and_deviation(mean_phi(x[name], y[name]) for x, y in controls),
@@ -276,7 +277,7 @@ def theta_deviation(target):
 
 
 def analyze(targets, others, i, j, side):
-    """Every number that is printed, as JSON takes it: a dict of tables, each by target."""
+    """Every number that is printed, as JSON takes it: tables by target, and the verdict."""
     result = {"layers": next(iter(targets.values())).numbers}
     for name, target in targets.items():
         # Infinity, a singular W0's, is not JSON: the largest number stands for it.
@@ -306,7 +307,7 @@ def flat(table):
 def verdict(table, is_condlora):
     """What training makes similar and what it does not: sentences, the finding first."""
     names = lambda holds: ", ".join(name for name, row in flat(table) if holds(row))
-    # So it is in CondLoRA's adapters that were exported to PEFT, and are read as LoRA.
+    # phi is about 1 if CondLoRA's adapter was exported to PEFT and is read back as LoRA.
     is_same = lambda row: not is_condlora and row["trained"] > 0.99 and row["z"] > 3
     same, shared = names(is_same), names(lambda row: row["raw"] > 0.99)
     more = names(lambda row: row["z"] > 3 and not is_same(row))
@@ -393,8 +394,7 @@ def read(file, init_from, device):
             ckpt = checkpoint.load(file)
             task, method = ckpt["task"], ckpt["settings"]["method"]
             if method not in ("lora", "condlora"):
-                raise ValueError(f"nothing to analyze in --method {method:.20}: train lora or "
-                                 f"condlora")
+                raise ValueError(f"--method {method:.20} has no analysis: train lora or condlora")
             folder = checkpoint.verified_encoder(ckpt, init_from)
             model = load_adapter(pretrained.load(folder, len(ckpt["classes"]) or 1), file)
         groups = {}  # {"query": {"layers.0.attention.query": layer, ...}, ...}

@@ -2,7 +2,7 @@
 
     model = adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.0)
 
-W0 (d_out, d_in) is the frozen weight of a linear layer, r the rank, s = alpha / r. Both compute
+W0 (d_out, d_in) is a linear layer's frozen weight, r the rank, s = alpha / r. Both methods compute
 
     y = x W0^T + b + s (x A^T) B^T          which adds  dW = s B A  to W0.
 
@@ -12,8 +12,8 @@ CondLoRA (Kim et al. 2024, arXiv:2403.14946) makes A and B from W0:
     A = (W0 theta_A^T)^T,    B = W0 theta_B^T          (a linear layer on the rows of W0)
 
 and trains only theta_A and theta_B, both (r, d) for a square W0. All layers of a target ("query",
-say) share one pair: with L layers, 1/L of LoRA's parameters. Two controls ask whether W0 matters,
-by putting another M in its place: "random" a fixed Gaussian matrix, "tied" the identity.
+say) share one pair: with L layers, 1/L of LoRA's parameters. Two controls ask whether W0 matters
+by another M in its place: "random" a fixed Gaussian matrix for each layer, "tied" the identity.
 """
 
 import math
@@ -31,7 +31,8 @@ def convert(M, theta_A, theta_B):
     if M is None:
         return theta_A, theta_B.T
     M = M.to(theta_A.dtype)
-    # A must have d_in columns. The paper's M is square; of a rectangular one only M^T fits.
+    # Row k of M makes column k of A, which has d_in of them. In the paper M is square, and output k
+    # makes the column of input k; a rectangular M has d_out rows, so M^T is used.
     M_A = M if M.shape[-2] == M.shape[-1] else M.mT  # (d_in, d_out)
     A = (M_A @ theta_A.T).mT
     B = M @ theta_B.T
@@ -39,7 +40,7 @@ def convert(M, theta_A, theta_B):
 
 
 class Conversion(nn.Module):
-    """The paper's single linear layer: theta_A and theta_B make a layer's A and B from its W0."""
+    """The paper's single linear layer on W0's rows: d -> 2r, half of it theta_A, half theta_B."""
 
     def __init__(self, W0, rank):
         super().__init__()
@@ -62,8 +63,8 @@ class AdaptedLinear(nn.Linear):
     def start(self, settings):
         self.settings = settings  # a dict: see SETTINGS
         self.scale = settings["alpha"] / settings["rank"]
-        # If set, forward uses it as W0 + dW and skips the factors. merge caches it; train.py sets
-        # it anew, with its graph, for each forward pass. It is not saved in the state dict.
+        # If set, forward uses it as W0 + dW and skips the factors. merge caches it; train.py's
+        # with_summed_weights sets it for one forward pass, differentiable. A state dict has it not.
         self.register_buffer("merged", None, persistent=False)
 
     def forward(self, x):  # (..., d_in) -> (..., d_out)
@@ -102,9 +103,8 @@ class LoRALinear(AdaptedLinear):
 class CondLoRALinear(AdaptedLinear):
     """Owns no factors: a Conversion, which many layers share, makes them from this layer's M.
 
-    Only the first of these layers registers the Conversion as a submodule, because safetensors and
-    Hugging Face's Trainer refuse a state dict that holds a tensor twice. So that layer must stay in
-    the model; adapter_parameters and save_adapter raise if it is gone.
+    Only the first of them registers it as a submodule: safetensors and Hugging Face's Trainer want
+    no state dict that holds a tensor twice. Without that layer adapter_parameters raises.
     """
 
     def start(self, settings, first, generator):
@@ -140,7 +140,7 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
     targets one or more names, dotted or not: "out" matches every layer of that name,
             "attention.out" only those in a module named "attention".
     rank    from 1 to min(d_in, d_out); alpha: dW is scaled by alpha / rank.
-    seed    of method "random"'s matrices, drawn on the CPU; A and theta_A use torch's generator.
+    seed    draws method "random"'s matrices, on the CPU; A and theta_A use torch's generator.
 
     Layers share a Conversion if target and shape agree. Returns the model; the caller unfreezes
     anything else that should train (its head). Adapters are float32. Raises ValueError, leaving the
@@ -165,7 +165,7 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
 
 @torch.no_grad()
 def merge(model):
-    """Cache W0 + dW in each adapted layer: more memory, but no computation for the adapter.
+    """Cache W0 + dW, in W0's dtype, in each adapted layer: no computation for the adapter is left.
 
     Until unmerge the adapter gets no gradient. After load_state_dict, merge again.
     """
@@ -195,8 +195,8 @@ def merge_and_unload(model):
 def save_adapter(model, file):
     """Write the adapter, each theta once, and every other parameter that requires a gradient.
 
-    The file also holds adapt's settings and the adapted layers' names, but no buffers. Raises
-    ValueError without an adapter, if parts have different settings, or if a Conversion is lost.
+    The file also holds adapt's settings, whose seed redraws "random"'s matrices, and the layers'
+    names. Raises ValueError without an adapter, if settings differ, or if a Conversion is lost.
     """
     layers = adapted_layers(model)
     every = [layer.settings for layer in layers.values()]
@@ -259,7 +259,7 @@ def adapter_parameters(model):
     for name, layer in adapted_layers(model).items():
         conversion = getattr(layer, "conversion", None)  # None in LoRA
         refuse(conversion and conversion not in modules, f"the layer that holds {name}'s thetas "
-               f"was removed from the model: keep the first adapted layer of each target")
+               f"was removed from the model: keep the first layer of each target and shape")
         parameters += [p for key, p in layer.named_parameters() if key not in ("weight", "bias")]
     return parameters
 

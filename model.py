@@ -88,7 +88,7 @@ class Layer(nn.Module):
     def forward(self, x, context, mask):
         """New states (B, t, d) of the positions x (B, t, d), which attend to context (B, T, d).
 
-        x is context itself, but in the last layer perhaps its first position only.
+        x is context, or in the last layer its first position only: the head reads no other.
         """
         # Post-layer-norm: each norm comes after the sum.
         x = self.norm1(x + self.dropout(self.attention(x, context, mask)))
@@ -123,7 +123,7 @@ class Embeddings(nn.Module):
         return self.dropout(self.norm(x + self.position(positions)))
 
 
-BUCKETS = 32
+BUCKETS, MAX_DISTANCE = 32, 128  # T5's
 
 
 def relative_buckets(offset):
@@ -136,7 +136,7 @@ def relative_buckets(offset):
     distance = offset.abs()
     half = BUCKETS // 2
     exact = half // 2
-    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(128 / exact)
+    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(MAX_DISTANCE / exact)
     far = (exact + (growth * (half - exact)).long()).clamp(max=half - 1)
     return torch.where(distance < exact, distance, far) + half * (offset > 0)
 
@@ -170,7 +170,7 @@ class Transformer(nn.Module):
         self.head = Head(config)
         if config.model_type == "mpnet":
             self.relative_bias = nn.Embedding(BUCKETS, config.num_attention_heads)
-            # Of every offset that positions can have: buckets[k] is for k - (max_len - 1).
+            # The bucket of every offset: buckets[k] is that of k - (max_len - 1).
             offsets = torch.arange(1 - config.max_len, config.max_len)
             self.register_buffer("buckets", relative_buckets(offsets), persistent=False)
         self.apply(self.initialize)
@@ -200,8 +200,7 @@ class Transformer(nn.Module):
             x = layer(x, x, mask)
         if not first_only:
             return last(x, x, mask)
-        # The head reads the first token only, so the last layer computes no other. Contiguous, so
-        # that the others can be freed.
+        # Contiguous, so that the other positions can be freed.
         first_mask = None if mask is None else mask[:, :, :1]
         return last(x[:, :1].contiguous(), x, first_mask)
 

@@ -63,9 +63,9 @@ NOT_KEPT = ("init_from", "device", "no_graphs", "out", "history", "resume", "eva
 def train(model, forward, data, metrics, args, ckpt):
     """Train for args.epochs epochs, or for those that the checkpoint `ckpt` lacks.
 
-    forward(*inputs) gives logits: it is the model, or a faster equivalent (`prepare`). data is
-    {"train", "validation": Encoded}; a batch is row numbers, the length to cut them at, and whether
-    some are shorter. `ckpt` (data/checkpoint.py) gets each epoch's weights, and is saved.
+    forward(*inputs) gives logits: it is the model, or what `prepare` makes of it. data is {"train",
+    "validation": Encoded}; its batches are (rows, width, padded): indices into the split, tokens a
+    row, whether any row is shorter. `ckpt` (data/checkpoint.py) gets each epoch's weights.
     """
     split, history = data["train"], ckpt["history"]
     device, n = split.labels.device, len(split.labels)
@@ -125,7 +125,7 @@ def make_step(forward, split, optimizer, grad_clip):
     [group] = optimizer.param_groups
 
     def step(rows, width, padded):
-        share = rows[PROCESS::PROCESSES]  # all of them, if there is one process
+        share = rows[PROCESS::PROCESSES]  # all of them, if there is one process; perhaps none
         inputs, labels = split.batch(share, width, padded)
         loss = summed_loss(forward(*inputs), labels)
         optimizer.zero_grad()
@@ -139,10 +139,24 @@ def make_step(forward, split, optimizer, grad_clip):
     return step
 
 
+def sum_gradients(parameters):
+    """Give every process the sum of all processes' gradients, in one exchange."""
+    gradient = torch.cat([p.grad.flatten() for p in parameters])
+    dist.all_reduce(gradient)
+    for p, part in zip(parameters, gradient.split([p.numel() for p in parameters])):
+        p.grad.copy_(part.view_as(p))
+
+
+def sum_over_processes(tensor):
+    if PROCESSES > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def make_optimizer(model, args):
     parameters = [p for p in model.parameters() if p.requires_grad]
     on_cuda = parameters[0].is_cuda
-    # The rate is a tensor, which a step recorded on CUDA reads each time it is replayed.
+    # The rate is a tensor, which a recorded step reads at each replay; foreach would not take it.
     lr = torch.tensor(args.lr, device=parameters[0].device)
     return torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay, foreach=False,
                              fused=on_cuda, capturable=on_cuda)
@@ -163,7 +177,7 @@ def constant_loss(labels):
 
 
 def schedule(step, steps, warmup):
-    """Factor on the learning rate: linear warmup in that share of the steps, then linear decay."""
+    """Factor on the learning rate: linear warmup over a share of the steps, then linear decay."""
     rise = warmup * steps
     return min((step + 1) / rise if rise else 1.0, (steps - step) / max(steps - rise, 1.0), 1.0)
 
@@ -200,7 +214,7 @@ def text_of(scores):
 # The task and the model --------------------------------------------------------------------------
 
 def load_task(args, ckpt):
-    """(splits, metrics(predictions, labels), their entries in a checkpoint)
+    """(splits, metrics(predictions, labels), a checkpoint's entries that describe the data)
 
     Raises ValueError if the checkpoint `ckpt` is of other classes, or to be resumed on other rows.
     """
@@ -249,7 +263,7 @@ def load_model(args, ckpt, n_out, device):
 
 
 def find_encoder(args, ckpt, device):
-    """The folder of the pretrained encoder: a checkpoint's own, the toy's, or --init_from."""
+    """The encoder's folder: a checkpoint's, the toy's, --init_from, or by default roberta-base."""
     folder = None
     if args.init_from or not (ckpt or args.task == "toy"):
         name = args.init_from or "roberta-base"
@@ -371,8 +385,8 @@ def report(args, model, ckpt, folder, scores, train_labels, device):
 def arguments(argv):
     """(options, the checkpoint that --resume or --eval_only names or None).
 
-    A checkpoint's own settings hold. The command line may repeat them; it may change only the
-    data's folder and, with --eval_only, --dtype.
+    A checkpoint's own settings hold. The command line may repeat them; of them it may change only
+    the data's folder and, with --eval_only, --dtype.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -384,8 +398,8 @@ def arguments(argv):
         return args, None
     ckpt = checkpoint.load(file)
     kept_names = vars(args).keys() - set(NOT_KEPT)
-    # The checkpoint's settings become the defaults. As text they are checked like typed ones:
-    # `from_file` is what the checkpoint says, `args` has the command line on top.
+    # The checkpoint's settings become the defaults; argparse parses a default that is text like
+    # what is typed. `from_file` is what the checkpoint says, `args` has the command line on top.
     settings = {name: value if value is None or name in ("targets", "regression") else str(value)
                 for name, value in ckpt["settings"].items() if name in kept_names}
     parser.set_defaults(**settings, out=file)
@@ -403,7 +417,7 @@ def arguments(argv):
 
 
 def make_parser():
-    parser, rate = parser_of(__doc__, "train.py [options]"), between(float, 1e-30, 1e30)
+    parser, positive = parser_of(__doc__, "train.py [options]"), between(float, 1e-30, 1e30)
     add, count = parser.add_argument, between(int, 1, 10 ** 9)
     add("--task", default="toy", type=task_name, help="toy (made up, needs no files; the "
         f"default), GLUE's {', '.join(glue.TASKS)}, or a folder of yours with train.tsv and "
@@ -418,10 +432,10 @@ def make_parser():
     add("--data_dir", default=DATA / "glue", type=lambda text: Path(text).resolve(),
         help="folder with GLUE's CoLA, SST-2, ...; default: data/glue")
     add("--rank", type=count, default=8, help="r, the adapter's rank; default: 8")
-    add("--alpha", type=rate, default=8.0, help="the update is scaled by alpha / rank; default: 8")
+    add("--alpha", type=positive, default=8.0, help="dW is scaled by alpha / rank; default: 8")
     add("--targets", nargs="+", default=["query", "value"],
         help="linear layers to adapt, of query, key, value, out, fc1, fc2; default: query value")
-    add("--lr", type=rate, help="highest learning rate; default: 5e-3 (toy) or 1e-3 (GLUE) for "
+    add("--lr", type=positive, help="highest learning rate; default: 5e-3 (toy) or 1e-3 (GLUE) for "
         "condlora, other rates for other methods")
     add("--epochs", type=count, help="default: toy 14, GLUE 20")
     add("--batch_size", type=count, help="default: toy 32, GLUE 16")
@@ -508,7 +522,7 @@ def prepare(model, args, device):
     """Prepare the model for args.dtype and the device, in place; returns forward(*inputs), its
     logits."""
     bfloat16 = args.dtype == "bfloat16"
-    if device.type == "cuda":  # in bfloat16 this affects only the head's float32 products
+    if device.type == "cuda":  # TF32 for the head, all else being bfloat16
         torch.set_float32_matmul_precision("high" if bfloat16 else "highest")
     if bfloat16 and args.method == "full":
         def forward(*inputs):
@@ -530,10 +544,10 @@ def prepare(model, args, device):
 def with_summed_weights(model, dtype):
     """forward(*inputs), in which each adapted layer does one product, with its W0 + dW.
 
-    On a GPU the thin products with A and B are memory-bound, forward and backward. All layers'
-    B A are formed by a few large products instead, in `dtype`. W0 + dW is summed in float32, where
-    small updates are not lost, then rounded to `dtype`. Unlike after merge(), it keeps its graph,
-    through which gradients reach A and B.
+    On a GPU the thin products with A and B are memory-bound. So x (W0 + dW)^T is computed, one
+    product instead of three, with all layers' B A from a few large products in `dtype`. W0 + dW is
+    summed in float32, where small updates are not lost, then rounded to `dtype`. Each call sets
+    `merged`, through which gradients reach A and B, runs the model and drops it.
     """
     stacks = {}  # the layers of one shape, and of one conversion if any
     for layer in adapted_layers(model).values():
@@ -547,7 +561,7 @@ def with_summed_weights(model, dtype):
             layer.weight.data = weight
         M = None
         if conversion and layers[0].M is not None:
-            is_W0 = layers[0].M is layers[0].weight  # which needs no second copy
+            is_W0 = layers[0].M is layers[0].weight  # which is stacked already
             M = (W0 if is_W0 else torch.stack([layer.M for layer in layers])).to(dtype)
         groups.append((layers, W0, conversion, M))
 
@@ -572,7 +586,8 @@ class Recorded:
     """Calls step(rows, width, padded), on CUDA, by replaying a CUDA graph for each shape of batch.
 
     A small batch's thousand kernels take longer to launch than to run. A shape's first call runs
-    as it is, which also sets up what CUDA sets up at first use; the second is recorded.
+    as it is, which also sets up what CUDA sets up at first use; the second is recorded, which does
+    not run it, then replayed. The next replay overwrites the loss that is returned.
     """
 
     def __init__(self, step):
@@ -599,20 +614,6 @@ class Recorded:
         input_rows.copy_(rows)
         graph.replay()
         return result
-
-
-def sum_gradients(parameters):
-    """Give every process the sum of all processes' gradients, in one exchange."""
-    gradient = torch.cat([p.grad.flatten() for p in parameters])
-    dist.all_reduce(gradient)
-    for p, part in zip(parameters, gradient.split([p.numel() for p in parameters])):
-        p.grad.copy_(part.view_as(p))
-
-
-def sum_over_processes(tensor):
-    if PROCESSES > 1:
-        dist.all_reduce(tensor)
-    return tensor
 
 
 if __name__ == "__main__":

@@ -397,7 +397,7 @@ def test_a_mistake_gets_one_line_and_exit_status_2(checkpoint, capsys, tmp_path,
     (tmp_path / "not.pt").write_text("x")
     assert "not.pt: " in fails(capsys, "not.pt")
     assert "no checkpoint gone.pt" in fails(capsys, "gone.pt")
-    assert "head.pt: nothing to analyze in --method head: train lora or condlora" in (
+    assert "head.pt: --method head has no analysis: train lora or condlora" in (
         fails(capsys, checkpoint("head"))
     )
     for method in ("full", "tied", "random"):
