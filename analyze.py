@@ -188,7 +188,8 @@ def similarity(target, i, j, side):
 
     compared, factors = target.compared, target.factors
     trained, raw = maps_of(compared, target.A), maps_of(factors, target.A)
-    if not trained:
+    names = [name for name in trained if name in raw]
+    if not names:
         raise ValueError(f"with --i {i} --j {j}, all directions, phi is 1 by definition: use less")
     draws = {"control": [], "random": [], "raw_random": []}  # of maps_of
     for _ in tqdm(range(DRAWS), "drawing baselines", leave=False, delay=1, disable=None):
@@ -198,7 +199,7 @@ def similarity(target, i, j, side):
         draws["random"].append(maps_of(noise(compared), A))
         draws["raw_random"].append(maps_of(noise(factors), A))
     rows = {}
-    for name in trained:
+    for name in names:
         row = {"trained": mean_of_pairs(trained[name]), "raw": mean_of_pairs(raw[name])}
         for kind, drawn in draws.items():
             row[kind] = mean_and_deviation(mean_of_pairs(phis[name]) for phis in drawn)
@@ -309,7 +310,7 @@ def verdict(table, is_condlora):
     names = lambda holds: ", ".join(name for name, row in flat(table) if holds(row))
     # phi is about 1 if CondLoRA's adapter was exported to PEFT and is read back as LoRA.
     is_same = lambda row: not is_condlora and row["trained"] > 0.99 and row["z"] > 3
-    same, shared = names(is_same), names(lambda row: row["raw"] > 0.99)
+    same, shared = names(is_same), names(lambda row: row["raw"] > 0.99 and row["raw_z"] > 3)
     more = names(lambda row: row["z"] > 3 and not is_same(row))
     less = names(lambda row: row["z"] < -3)
     raw = names(lambda row: row["raw_z"] > 3 and row["raw"] <= 0.99)
@@ -436,7 +437,7 @@ def run(argv):
     if not file.exists():
         raise FileNotFoundError(f"no checkpoint {file}: python train.py writes one")
     svg = args.svg or (Path(f"{file.resolve()}.svg") if file.is_dir() else file.with_suffix(".svg"))
-    check_outputs({"--svg": (svg, b"<svg"), "--json": (args.json, b'"checkpoint"')})
+    check_outputs({"--svg": (svg, b"<svg id=\"condlora\""), "--json": (args.json, b'"checkpoint"')})
     task, method, targets = read(file, args.init_from, args.device)
     others = None
     if args.compare:

@@ -140,7 +140,7 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
     targets one or more names, dotted or not: "out" matches every layer of that name,
             "attention.out" only those in a module named "attention".
     rank    from 1 to min(d_in, d_out); alpha: dW is scaled by alpha / rank.
-    seed    draws method "random"'s matrices, on the CPU; A and theta_A use torch's generator.
+    seed    draws method "random"'s matrices, on the CPU, with the mean square that W0 has then.
 
     Layers share a Conversion if target and shape agree. Returns the model; the caller unfreezes
     anything else that should train (its head). Adapters are float32. Raises ValueError, leaving the
@@ -185,9 +185,9 @@ def merge_and_unload(model):
     """Turn each adapted layer, in place, into a plain nn.Linear that holds W0 + dW."""
     for layer in adapted_layers(merge(model)).values():
         layer.weight = nn.Parameter(layer.merged, requires_grad=False)
-        for name in ("A", "B", "conversion", "random", "merged", "settings", "scale"):
-            if hasattr(layer, name):
-                delattr(layer, name)
+        names = {"A", "B", "conversion", "random", "merged", "settings", "scale"}
+        for name in names.intersection(dir(layer)):
+            delattr(layer, name)
         layer.__class__ = nn.Linear
     return model
 
@@ -210,32 +210,33 @@ def load_adapter(model, file):
     """Load what save_adapter or train.py wrote into `model`, which is adapted first if need be.
 
     Every parameter in the file, the head's included, is copied into the parameter of that name,
-    which then requires a gradient. Returns the model, merged again if it was. Raises
+    which then requires a gradient. Returns the model, what was merged merged again. Raises
     FileNotFoundError, or ValueError if settings, layers, names or shapes differ, with the model's
     weights untouched; a fresh one may be adapted by then. Never runs code (weights_only=True).
     """
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
-        settings, weights = saved["settings"], saved["weights"]
-        if not adapted_layers(model):
-            adapt(model, **{name: settings[name] for name in SETTINGS})
-        layers = adapted_layers(model)
-        first = next(iter(layers.values()))
-        theirs = settings | {"layers": saved["layers"]}
-        ours = first.settings | {"layers": list(layers)}
-        for name in ("method", "rank", "alpha", "layers", "seed"):
-            matters = name != "seed" or ours["method"] == "random"
-            refuse(matters and theirs[name] != ours[name],
-                   f"{name} is {theirs[name]!s:.80}, in the model {ours[name]!s:.80}")
+        theirs, weights = saved["settings"] | {"layers": saved["layers"]}, saved["weights"]
+        fresh = {name: theirs[name] for name in SETTINGS}
+        layers = adapted_layers(model) or adapted_layers(adapt(model, **fresh))
+        for layer in layers.values():
+            ours = layer.settings | {"layers": list(layers)}
+            for name in ("method", "rank", "alpha", "layers", "seed"):
+                matters = name != "seed" or ours["method"] == "random"
+                refuse(matters and theirs[name] != ours[name],
+                       f"{name} is {theirs[name]!s:.80}, in the model {ours[name]!s:.80}")
         known = {name: p for name, p in model.named_parameters() if name in weights}  # also frozen
         copy_tensors(weights, trained_tensors(model) | known)
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load alone raises half a dozen types
-        reason = (str(error).split("\n")[0] if type(error) is ValueError else
-                  f"save_adapter or train.py did not write it ({type(error).__name__})")
+        kind = type(error).__name__
+        reason = str(error) if kind == "ValueError" else f"it is of another kind ({kind})"
         raise ValueError(f"{file} holds no adapter of this model: {reason:.200}") from error
-    return merge(model) if first.merged is not None else model
+    for layer in layers.values():
+        if layer.merged is not None:
+            merge(layer)
+    return model
 
 
 def copy_tensors(given, parameters):
@@ -276,7 +277,7 @@ def target_of(name, targets):
 
 
 def find_linears(model, method, targets, rank, alpha):
-    """{name: nn.Linear} of the layers to adapt. Raises ValueError if a request cannot be met."""
+    """{name: nn.Linear} to adapt, no subclass, which may compute otherwise; or ValueError."""
     refuse(method not in METHODS, f"method is {method!r}: use {', '.join(METHODS)}")
     refuse(not 0 < alpha < math.inf, f"alpha is {alpha}: it must be a positive number")
     refuse(not targets, "targets is empty: name the linear layers to adapt")
@@ -288,7 +289,6 @@ def find_linears(model, method, targets, rank, alpha):
         refuse(not any(target_of(name, [target]) for name in chosen),
                f"no nn.Linear is named {target!r}: the model has {', '.join(sorted(known))}")
     for name, layer in chosen.items():
-        # Others, quantized ones or parts of nn.MultiheadAttention, may compute something else.
         refuse(type(layer) is not nn.Linear,
                f"{name} is a {type(layer).__name__}: only plain nn.Linear layers can be adapted")
         parent = modules[name.rpartition(".")[0]]

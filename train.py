@@ -198,7 +198,10 @@ def outputs_of(model, forward, split, batch_size):
     for rows, width, padded in tqdm(batches, "evaluating", leave=False, delay=2, disable=HIDE_BAR):
         inputs, _ = split.batch(rows, width, padded)
         outputs[rows] = forward(*inputs).float()
-    return sum_over_processes(outputs).cpu()
+    outputs = sum_over_processes(outputs).cpu()
+    if not outputs.isfinite().all():
+        raise ValueError("the model's outputs are not finite: train it with a lower --lr")
+    return outputs
 
 
 def best_of(history):
@@ -229,9 +232,9 @@ def load_task(args, ckpt):
     about = {"task": args.task, "classes": list(classes), "n_texts": len(splits["train"].texts[0]),
              "data": hashlib.sha256(rows).hexdigest()}
     fixed = ("classes", "n_texts", "data") if args.resume else ("classes", "n_texts")
-    if ckpt and any(ckpt.get(name, about[name]) != about[name] for name in fixed):
-        raise ValueError(f"{file} was trained on other rows than {args.task} has now: they had "
-                         f"{ckpt['n_texts']} texts, and classes {', '.join(ckpt['classes']):.60}")
+    changed = [name for name in fixed if ckpt and ckpt.get(name, about[name]) != about[name]]
+    if changed:
+        raise ValueError(f"{file} was trained on other rows of {args.task}: {changed} changed")
     if IS_MASTER and os.path.isabs(args.task) and glue.look_like_scores(classes):
         print(f"the labels are {len(classes)} different numbers: if they are scores, add "
               f"--regression")
@@ -298,7 +301,7 @@ def run(argv):
     if PROCESSES > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     settle(args, device)
-    if args.predict or args.export:
+    if args.predict is not None or args.export:
         predict_or_export(args, ckpt, device)
     else:
         train_and_report(args, ckpt, device)
@@ -391,7 +394,7 @@ def arguments(argv):
     parser = make_parser()
     args = parser.parse_args(argv)
     file = args.resume or args.eval_only
-    if (args.predict or args.export) and (not args.eval_only or PROCESSES > 1):
+    if (args.predict is not None or args.export) and (not args.eval_only or PROCESSES > 1):
         raise ValueError("--predict and --export use a trained model, in one process: name it "
                          "with --eval_only")
     if not file:
@@ -519,8 +522,7 @@ def main(argv=None):
 # What makes it fast: the same forward and the same step, wrapped ---------------------------------
 
 def prepare(model, args, device):
-    """Prepare the model for args.dtype and the device, in place; returns forward(*inputs), its
-    logits."""
+    """Prepare the model in place for the dtype and the device; returns forward(*inputs): logits."""
     bfloat16 = args.dtype == "bfloat16"
     if device.type == "cuda":  # TF32 for the head, all else being bfloat16
         torch.set_float32_matmul_precision("high" if bfloat16 else "highest")

@@ -176,7 +176,7 @@ def find_task(name, regression=False):
     """The Task of a name: "rte", "RTE", "sst2", "SST-2", ..., or of a folder of one's own."""
     task = TASKS.get(name.lower().replace("-", ""))
     if not task and not os.path.isdir(name):  # False also of a name that is too long
-        raise ValueError(f"--task {name:.150} is neither a folder nor one of {', '.join(TASKS)}")
+        raise ValueError(f"--task {name:.150} is neither a folder nor toy, {', '.join(TASKS)}")
     return task or own_task(name, regression)
 
 
@@ -188,8 +188,7 @@ def load(task, root):
 def metrics(task, predictions, labels):
     """The task's metrics, its main one first: {"accuracy": 0.9}, {"pearson": -0.1, ...}, ...
 
-    predictions: class ids (n,), or scores (n,) for STS-B; labels likewise. Raises ValueError if
-    their lengths differ.
+    Both are class ids (n,), or STS-B's scores (n,). Raises ValueError if their lengths differ.
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.shape != labels.shape or predictions.ndim != 1 or not len(labels):
@@ -204,8 +203,8 @@ def table(file):
     Lines end at \\n and nowhere else, columns at \\t; a double quote is a character like any other.
     """
     if not file.is_file():
-        raise FileNotFoundError(f"{file} not found. Run `python data/download.py "
-                                f"{file.parent.name}`, or pass --data_dir, if it is GLUE's")
+        raise FileNotFoundError(f"{file} not found. For GLUE run `python data/download.py "
+                                f"{file.parent.name}` or pass --data_dir; your data needs it")
     # MRPC begins with a byte-order mark, which utf-8-sig removes.
     text = file.read_bytes().decode("utf-8-sig").rstrip("\r\n")
     return [line.rstrip("\r").split("\t") for line in text.split("\n")]

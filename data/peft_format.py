@@ -66,10 +66,10 @@ def export(model, encoder, folder):
 
 
 def read(folder, model):
-    """Adapt `model` in place with the LoRA adapter in `folder`, but for its head; returns it.
+    """Adapt `model` in place with A and B, but not head or biases, of PEFT's LoRA; returns it.
 
-    Raises FileNotFoundError or ValueError, naming the setting or the tensor, if the folder has no
-    adapter, if it is not plain LoRA of this encoder with one rank, or if it changes W0 itself.
+    Raises FileNotFoundError or ValueError, naming the setting or the tensor, if that is not plain
+    LoRA of this encoder with one rank, or if it changes W0 itself.
     """
     folder, kind = Path(folder), model.config.model_type
     config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
@@ -96,7 +96,7 @@ def read(folder, model):
             key = hf_name(f"{name}.", kind).removeprefix(f"{kind}.") + f"lora_{letter}.weight"
             if key in tensors:
                 factors[f"{name}.{letter}"] = tensors.pop(key)
-        # What is left may be a head, or biases, which leave W0 alone.
+        # What is left may be a head, or biases: they leave W0 alone, and are not loaded.
         for name in tensors:
             is_head = name.startswith(("classifier.", "pooler."))
             if ".lora_" in name or not (is_head or name.endswith(".bias")):

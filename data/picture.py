@@ -22,9 +22,9 @@ class Picture:
 
     def __init__(self, width, height):
         self.parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:.0f} {height:.0f}" '
-            f'width="{width:.0f}" height="{height:.0f}" role="img" '
-            f'font-family="system-ui, sans-serif">', STYLE,
+            f'<svg id="condlora" xmlns="http://www.w3.org/2000/svg" '
+            f'viewBox="0 0 {width:.0f} {height:.0f}" width="{width:.0f}" height="{height:.0f}" '
+            f'role="img" font-family="system-ui, sans-serif">', STYLE,
             f'<rect class="paper" width="{width:.0f}" height="{height:.0f}"/>']
 
     def text(self, x, y, words, size=12, anchor="start"):

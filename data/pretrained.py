@@ -56,8 +56,7 @@ def load(path, n_out=2):
     """The Transformer of a folder with config.json and model.safetensors or pytorch_model.bin.
 
     Names may lack the prefix "bert.", "roberta." or "mpnet."; weights become float32. A head that
-    is missing or has not n_out outputs is re-initialized; other keys (the MLM head) are ignored.
-    Raises FileNotFoundError or ValueError, naming the file and what is missing or does not fit.
+    lacks n_out outputs is re-initialized. Raises FileNotFoundError or ValueError, naming the file.
     """
     path = Path(path)
     config = read_config(path / "config.json", n_out)

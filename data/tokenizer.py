@@ -111,9 +111,8 @@ MPNET_PAIR = [("cls", 0), ("A", 0), ("sep", 0), ("sep", 0), ("B", 1), ("sep", 1)
 def load(path):
     """The tokenizer of a folder, as AutoTokenizer of transformers 5 reads it.
 
-    The vocabulary is tokenizer.json's, else vocab.txt's (WordPiece), or that of vocab.json and
-    merges.txt (BPE). Raises FileNotFoundError or ValueError, naming the folder, if a file is
-    missing or damaged, or asks for something that is not implemented here.
+    The vocabulary is tokenizer.json's, else vocab.txt's (WordPiece) or vocab.json's (BPE). Raises
+    FileNotFoundError or ValueError, naming what is missing, damaged or not implemented here.
     """
     path = Path(path)
     with reading(path):

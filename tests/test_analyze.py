@@ -357,6 +357,14 @@ def test_two_checkpoints_compare_in_either_order(checkpoint, capsys):
     assert found[0]["B"]["phi"] == pytest.approx(np.mean(by_hand))
 
 
+def test_of_a_rectangular_target_of_full_rank_all_directions_say_nothing(checkpoint, capsys):
+    for target in ("fc1", "fc2"):  # 8 -> 12 and 12 -> 8
+        lora = checkpoint("lora", "--targets", target, "--rank", "8")
+        assert "phi is 1 by definition" in fails(capsys, lora)
+        out = run(capsys, lora, "--i", "7", "--j", "7")
+        assert f"{target} A" in out and f"{target} B" in out
+
+
 def test_rectangular_targets_are_marked_as_least_squares(checkpoint, capsys):
     out = run(capsys, checkpoint("lora", "--targets", "fc1", "query"), "--json", "out.json")
     assert json.load(open("out.json"))["least_squares"] == {"query": [], "fc1": ["0", "1"]}
@@ -383,6 +391,7 @@ def test_the_verdict_names_what_is_beyond_its_control_and_what_is_the_same_by_co
     assert "Beyond the control" not in say(A=row(trained=1.0, z=165.0))
     assert "exceed random" not in say(A=row(raw=1.0, raw_z=99.0))
     assert "All layers share one factor" in say(A=row(raw=1.0, raw_z=99.0))
+    assert "one factor" not in say(A=row(raw=0.995, raw_z=1.2))  # as in a small space
 
 
 def test_an_exported_condlora_is_known_for_what_it_is(checkpoint, capsys, tmp_path, bert_folder):
@@ -412,6 +421,8 @@ def test_a_mistake_gets_one_line_and_exit_status_2(checkpoint, capsys, tmp_path,
     assert "--json x cannot be written: it is also another output" in fails(
         capsys, lora, "--svg", "x", "--json", "./x"
     )
+    (tmp_path / "hand.svg").write_text('<svg xmlns="http://www.w3.org/2000/svg"></svg>')
+    assert "another kind of file" in fails(capsys, lora, "--svg", "hand.svg")
     for option in ("--svg", "--json"):
         assert f"{option} lora.pt cannot be written" in fails(capsys, "lora.pt", option, "lora.pt")
     for name, change in (("zero", lambda w: w.zero_()), ("nan", lambda w: w.fill_(float("nan")))):

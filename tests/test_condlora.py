@@ -306,6 +306,21 @@ def test_loading_into_a_merged_model_merges_what_was_loaded(tmp_path):
         adapter_parameters(other)[0].zero_()
     load_adapter(merge(other), tmp_path / "adapter.pt")
     assert torch.allclose(other(IDS), expected, atol=1e-5)
+    partly = trained(adapt(encoder(), "lora"))
+    merge(partly.layers[1])
+    load_adapter(partly, tmp_path / "adapter.pt")
+    assert torch.allclose(partly(IDS), expected, atol=1e-5)
+    merged = [layer.merged is not None for layer in adapted_layers(partly).values()]
+    assert merged == [False, False, True, True, False, False]
+
+
+def test_every_part_must_have_the_settings_of_the_file(tmp_path):
+    save_adapter(adapt(encoder(), "lora", "query"), tmp_path / "adapter.pt")
+    other = encoder()
+    adapt(other.layers[0], "lora", "query")
+    adapt(other.layers[1:], "lora", "query", alpha=16)
+    with pytest.raises(ValueError, match="alpha is 8.0, in the model 16.0"):
+        load_adapter(other, tmp_path / "adapter.pt")
 
 
 def test_a_layer_that_is_not_a_plain_linear_is_named_with_its_class_also_in_a_mixture():
@@ -438,7 +453,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_reason_named(tmp_path):
     with pytest.raises(ValueError, match="head.dense.bias is missing, in the model"):
         load_adapter(with_head, file)
     torch.save(encoder().state_dict(), file)
-    with pytest.raises(ValueError, match="save_adapter or train.py did not write it"):
+    with pytest.raises(ValueError, match="it is of another kind .KeyError"):
         load_adapter(encoder(), file)
     with pytest.raises(ValueError, match="holds no adapter.*IsADirectoryError"):
         load_adapter(encoder(), tmp_path)

@@ -122,7 +122,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, task, row, words):
 
 
 def test_a_missing_file_column_or_task_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="RTE/train.tsv not found. Run .*download.py RTE`"):
+    with pytest.raises(FileNotFoundError, match="train.tsv not found. For GLUE .*load.py RTE`"):
         glue.load("rte", tmp_path)
     (write_task(tmp_path, "rte") / "dev.tsv").write_text("index\tsentence1\tlabel\n")
     with pytest.raises(ValueError, match="dev.tsv: line 1 must name a column 'sentence2'"):
@@ -134,7 +134,7 @@ def test_a_missing_file_column_or_task_is_named(tmp_path):
         (tmp_path / "RTE" / "dev.tsv").write_bytes(content)
         with pytest.raises(ValueError, match=words):
             glue.load("rte", tmp_path)
-    with pytest.raises(ValueError, match="xnli is neither a folder nor one of cola, sst2"):
+    with pytest.raises(ValueError, match="xnli is neither a folder nor toy, cola, sst2"):
         glue.load("xnli", tmp_path)
 
 

@@ -217,6 +217,12 @@ def test_a_run_that_ends_at_a_constant_answer_says_so(little, capsys):
     assert "constant prediction" not in out
 
 
+def test_a_model_whose_outputs_are_not_finite_is_not_scored(little, capsys):
+    line = fails([*little, "--method", "full", "--lr", "1e30", "--warmup", "0", "--batch_size",
+                  "100", "--epochs", "1"], capsys)
+    assert "the model's outputs are not finite: train it with a lower --lr" in line
+
+
 def test_a_run_is_not_resumed_with_other_rows(little, capsys, tmp_path):
     run(little, capsys)
     file = tmp_path / "glue/SST-2/train.tsv"
@@ -295,7 +301,7 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--task", "xnli"], "xnli is neither a folder nor one of cola, sst2"),
+        (["--task", "xnli"], "xnli is neither a folder nor toy, cola, sst2"),
         (["--method", "dora"], "invalid choice: 'dora'"),
         (["--rank", "9"], "rank is 9: for 0.attention.query"),
         (["--rank", "0"], "argument --rank: '0' is not from 1 to"),
@@ -309,7 +315,7 @@ def test_padding_and_batch_size_do_not_change_an_evaluation(little, capsys, bert
         (["--device", "cuda:99"], "--device cuda:99 is not available: use "),
         (["--device", "cpu:x"], "--device cpu:x is not available: use "),
         (["--init_from", "nowhere"], "no folder nowhere.*Run `python data/download.py NAME`"),
-        (["--data_dir", "nowhere"], "SST-2/train.tsv not found. Run `python data/download.py SST"),
+        (["--data_dir", "nowhere"], "tsv not found. For GLUE run `python data/download.py SST"),
         (["--max_len", "2"], "max_len is 2"),
         (["--out", "nowhere/ckpt.pt"], "--out nowhere/ckpt.pt cannot be written"),
         (["--eval_only", "nowhere.pt"], "nowhere.pt: No such file"),
@@ -390,7 +396,7 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
     )
     (moved / "train.tsv").write_text("text\tlabel\na\tx\nb\ty\n")
     (moved / "dev.tsv").unlink()
-    assert "has now: they had 1 texts, and classes bad, good" in fails(
+    assert "was trained on other rows of" in fails(
         ["--eval_only", "ckpt.pt", "--task", "moved"], capsys
     )
 
