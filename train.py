@@ -234,10 +234,10 @@ def load_task(args, ckpt):
     fixed = ("classes", "n_texts", "data") if args.resume else ("classes", "n_texts")
     changed = [name for name in fixed if ckpt and ckpt.get(name, about[name]) != about[name]]
     if changed:
-        raise ValueError(f"{file} was trained on other rows of {args.task}: {changed} changed")
+        raise ValueError(f"{file} was trained on other rows of {args.task}: "
+                         f"{', '.join(changed)} changed")
     if IS_MASTER and os.path.isabs(args.task) and glue.look_like_scores(classes):
-        print(f"the labels are {len(classes)} different numbers: if they are scores, add "
-              f"--regression")
+        print(f"the labels are {len(classes)} different numbers: are they scores? Add --regression")
     return splits, metrics, about
 
 
