@@ -31,8 +31,8 @@ def convert(M, theta_A, theta_B):
     if M is None:
         return theta_A, theta_B.T
     M = M.to(theta_A.dtype)
-    # Row k of M makes column k of A, which has d_in of them. In the paper M is square, and output k
-    # makes the column of input k; a rectangular M has d_out rows, so M^T is used.
+    # Row k of M gives column k of A, which has d_in columns. In the paper M is square: the row of
+    # output k gives the column of input k. A rectangular M has d_out rows, so M^T is used instead.
     M_A = M if M.shape[-2] == M.shape[-1] else M.mT  # (d_in, d_out)
     A = (M_A @ theta_A.T).mT
     B = M @ theta_B.T
@@ -57,14 +57,14 @@ class Conversion(nn.Module):
 class AdaptedLinear(nn.Linear):
     """An nn.Linear with a low-rank update; subclasses have factors().
 
-    adapt changes a layer's class: it stays the same object, with W0, its hooks and its place.
+    adapt only changes a layer's class: it remains the same object, with its W0 and its hooks.
     """
 
     def start(self, settings):
         self.settings = settings  # a dict: see SETTINGS
         self.scale = settings["alpha"] / settings["rank"]
         # If set, forward uses it as W0 + dW and skips the factors. merge caches it; train.py's
-        # with_summed_weights sets it for one forward pass, differentiable. A state dict has it not.
+        # with_summed_weights sets it, with gradients, for one forward pass. It is never saved.
         self.register_buffer("merged", None, persistent=False)
 
     def forward(self, x):  # (..., d_in) -> (..., d_out)
@@ -210,9 +210,9 @@ def load_adapter(model, file):
     """Load what save_adapter or train.py wrote into `model`, which is adapted first if need be.
 
     Every parameter in the file, the head's included, is copied into the parameter of that name,
-    which then requires a gradient. Returns the model, what was merged merged again. Raises
+    which then requires a gradient. Merged layers are merged again. Returns the model. Raises
     FileNotFoundError, or ValueError if settings, layers, names or shapes differ, with the model's
-    weights untouched; a fresh one may be adapted by then. Never runs code (weights_only=True).
+    weights untouched; a fresh model may be adapted by then. Never runs code (weights_only=True).
     """
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
@@ -277,7 +277,7 @@ def target_of(name, targets):
 
 
 def find_linears(model, method, targets, rank, alpha):
-    """{name: nn.Linear} to adapt, no subclass, which may compute otherwise; or ValueError."""
+    """{name: nn.Linear} to adapt. ValueError, also for subclasses: they may compute otherwise."""
     refuse(method not in METHODS, f"method is {method!r}: use {', '.join(METHODS)}")
     refuse(not 0 < alpha < math.inf, f"alpha is {alpha}: it must be a positive number")
     refuse(not targets, "targets is empty: name the linear layers to adapt")

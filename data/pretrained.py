@@ -55,8 +55,8 @@ def hf_name(name, model_type):
 def load(path, n_out=2):
     """The Transformer of a folder with config.json and model.safetensors or pytorch_model.bin.
 
-    Names may lack the prefix "bert.", "roberta." or "mpnet."; weights become float32. A head that
-    lacks n_out outputs is re-initialized. Raises FileNotFoundError or ValueError, naming the file.
+    Names may lack the prefix "bert.", "roberta." or "mpnet."; weights become float32. A head of
+    another size is re-initialized. Raises FileNotFoundError or ValueError, naming the file.
     """
     path = Path(path)
     config = read_config(path / "config.json", n_out)

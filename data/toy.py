@@ -90,7 +90,7 @@ class Speaker:
 def load():
     """{"train", "validation", "test"} of Splits, labels 1 (true) and 0. No example appears twice.
     """
-    speaker, examples = Speaker(seed=[1, 0]), {}  # not pretrain's seed
+    speaker, examples = Speaker(seed=[1, 0]), {}  # pretrain has another seed
     while len(examples) < ROWS["test"].stop:
         label = speaker.one_of((0, 1))
         examples.setdefault(speaker.example(label), label)
