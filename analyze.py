@@ -35,7 +35,7 @@ DRAWS = 100  # of each random baseline
 # The formulas ------------------------------------------------------------------------------------
 
 def inverse_of(W0):
-    """W0's inverse (..., d_in, d_out), condition number (...), and whether the inverse exists (...).
+    """W0's inverse (..., d_in, d_out), condition number (...), and whether it is invertible (...).
 
     If W0 (..., d_out, d_in) is rectangular or singular, it is the pseudo-inverse: the smallest
     least-squares solution.
