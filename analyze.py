@@ -224,15 +224,15 @@ def mean_and_deviation(values):
 
 def z_score(value, baseline):
     mean, deviation = baseline
-    # Where layers share one W0 (ALBERT), CondLoRA's phi is 1, and its deviation rounding.
+    # If all layers share one W0 (ALBERT), CondLoRA's phi is 1 and its deviation is rounding.
     return (value - mean) / deviation if deviation > 1e-9 else 0.0
 
 
 def comparison(one, two, i, j):
     """{matrix: phi between two adapters' layers, mean over layers, and its baselines}.
 
-    The control is untrained ones, drawn separately for each side. Of A the right singular vectors
-    are compared, which are A^T's left ones; of the others the left.
+    The control is untrained factors, drawn separately for each side. Of A the right singular
+    vectors are compared, which are A^T's left ones; of the others the left.
     """
     rng = torch.Generator().manual_seed(2)
     matrices_of = lambda target: target.factors | {
@@ -437,7 +437,7 @@ def run(argv):
     if not file.exists():
         raise FileNotFoundError(f"no checkpoint {file}: python train.py writes one")
     svg = args.svg or (Path(f"{file.resolve()}.svg") if file.is_dir() else file.with_suffix(".svg"))
-    check_outputs({"--svg": (svg, b"<svg id=\"condlora\""), "--json": (args.json, b'"checkpoint"')})
+    check_outputs({"--svg": (svg, b'<svg id="condlora"'), "--json": (args.json, b'"checkpoint"')})
     task, method, targets = read(file, args.init_from, args.device)
     others = None
     if args.compare:

@@ -12,8 +12,8 @@ CondLoRA (Kim et al. 2024, arXiv:2403.14946) makes A and B from W0:
     A = (W0 theta_A^T)^T,    B = W0 theta_B^T          (a linear layer on the rows of W0)
 
 and trains only theta_A and theta_B, both (r, d) for a square W0. All layers of a target ("query",
-say) share one pair: with L layers, 1/L of LoRA's parameters. Two controls ask whether W0 matters
-by another M in its place: "random" a fixed Gaussian matrix for each layer, "tied" the identity.
+say) share one pair: with L layers, 1/L of LoRA's parameters. Two controls ask whether W0 matters,
+with another M in its place: "random" a fixed Gaussian matrix for each layer, "tied" the identity.
 """
 
 import math
@@ -103,8 +103,8 @@ class LoRALinear(AdaptedLinear):
 class CondLoRALinear(AdaptedLinear):
     """Owns no factors: a Conversion, which many layers share, makes them from this layer's M.
 
-    Only the first of them registers it as a submodule: safetensors and Hugging Face's Trainer want
-    no state dict that holds a tensor twice. Without that layer adapter_parameters raises.
+    Only the first of them registers it as a submodule, because safetensors and Hugging Face's
+    Trainer refuse a state dict that holds a tensor twice. adapter_parameters raises if it is gone.
     """
 
     def start(self, settings, first, generator):
@@ -140,7 +140,7 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
     targets one or more names, dotted or not: "out" matches every layer of that name,
             "attention.out" only those in a module named "attention".
     rank    from 1 to min(d_in, d_out); alpha: dW is scaled by alpha / rank.
-    seed    draws method "random"'s matrices, on the CPU, with the mean square that W0 has then.
+    seed    of method "random"'s matrices: drawn on the CPU, they get the mean square of W0.
 
     Layers share a Conversion if target and shape agree. Returns the model; the caller unfreezes
     anything else that should train (its head). Adapters are float32. Raises ValueError, leaving the
@@ -277,7 +277,7 @@ def target_of(name, targets):
 
 
 def find_linears(model, method, targets, rank, alpha):
-    """{name: nn.Linear} to adapt. ValueError, also for subclasses: they may compute otherwise."""
+    """{name: nn.Linear} to adapt. ValueError, also for subclasses, which may compute otherwise."""
     refuse(method not in METHODS, f"method is {method!r}: use {', '.join(METHODS)}")
     refuse(not 0 < alpha < math.inf, f"alpha is {alpha}: it must be a positive number")
     refuse(not targets, "targets is empty: name the linear layers to adapt")

@@ -21,7 +21,7 @@ FORMAT = {
     "classes": [str],  # none: a regression
     "n_texts": int,  # sentences a row
     "settings": {"method": str, "targets": [str], "rank": int, "seed": int, "regression": bool},
-    "encoder": {"path": str, "sha256": str},  # the folder, and its files
+    "encoder": {"path": str, "sha256": str},  # the folder; sha256() of it
     "layers": [str],  # the names of the adapted layers
     "history": [{"epoch": int, "loss": float, "seconds": float, "validation": {str: float}}],
     "best_epoch": int,

@@ -60,7 +60,7 @@ def hub_model(name, folder):
     found = {file for file in tokenizer.FILES if fetch(f"{base}/{file}", folder)}
     if not found & {"tokenizer.json", "vocab.txt"} and not found >= {"vocab.json", "merges.txt"}:
         raise OSError(f"{name} has no tokenizer.json, vocab.txt, or vocab.json with merges.txt")
-    any(fetch(f"{base}/{file}", folder) for file in pretrained.WEIGHTS)
+    any(fetch(f"{base}/{file}", folder) for file in pretrained.WEIGHTS)  # the first that exists
     pretrained.weights_file(folder)  # or it raises FileNotFoundError
 
 

@@ -204,7 +204,7 @@ def table(file):
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file} not found. For GLUE run `python data/download.py "
-                                f"{file.parent.name}` or pass --data_dir; your data needs it")
+                                f"{file.parent.name}` or pass --data_dir; your own folder needs it")
     # MRPC begins with a byte-order mark, which utf-8-sig removes.
     text = file.read_bytes().decode("utf-8-sig").rstrip("\r\n")
     return [line.rstrip("\r").split("\t") for line in text.split("\n")]
