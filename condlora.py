@@ -7,13 +7,13 @@ W0 (d_out, d_in) is a linear layer's frozen weight, r the rank, s = alpha / r. B
     y = x W0^T + b + s (x A^T) B^T          which adds  dW = s B A  to W0.
 
 LoRA (Hu et al. 2022, arXiv:2106.09685) trains an A (r, d_in) and a B (d_out, r) in every layer.
-CondLoRA (Kim et al. 2024, arXiv:2403.14946) makes A and B from W0:
+CondLoRA (Kim et al. 2024, arXiv:2403.14946) makes A and B from a square W0 (d, d):
 
     A = (W0 theta_A^T)^T,    B = W0 theta_B^T          (a linear layer on the rows of W0)
 
-and trains only theta_A and theta_B, both (r, d) for a square W0. All layers of a target ("query",
-say) share one pair: with L layers, 1/L of LoRA's parameters. Two controls ask whether W0 matters,
-with another M in its place: "random" a fixed Gaussian matrix for each layer, "tied" the identity.
+and trains only theta_A and theta_B, both (r, d). All layers of a target ("query", say) share one
+pair: with L layers, 1/L of LoRA's parameters. Two controls ask whether W0 matters, with another
+matrix in its place: "random", a fixed Gaussian one for each layer; "tied", the identity for all.
 """
 
 import math
@@ -22,25 +22,27 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+METHODS = ("lora", "condlora", "tied", "random")
+
 
 def convert(M, theta_A, theta_B):
     """A (r, d_in) and B (d_out, r) from M (d_out, d_in), or from a stack of them (L, d_out, d_in).
 
-    M is W0, or None for the identity ("tied"). theta_A is (r, d_out), theta_B (r, d_in).
+    M is W0 or a control's matrix, None the identity. theta_A is (r, d_out), theta_B (r, d_in).
     """
     if M is None:
         return theta_A, theta_B.T
     M = M.to(theta_A.dtype)
-    # Row k of M gives column k of A, which has d_in columns. In the paper M is square: the row of
-    # output k gives the column of input k. A rectangular M has d_out rows, so M^T is used instead.
-    M_A = M if M.shape[-2] == M.shape[-1] else M.mT  # (d_in, d_out)
-    A = (M_A @ theta_A.T).mT
     B = M @ theta_B.T
+    if M.shape[-2] == M.shape[-1]:
+        A = (M @ theta_A.T).mT  # the paper's
+    else:
+        A = (M.mT @ theta_A.T).mT  # the paper has none; only M^T gives A its d_in columns
     return A, B
 
 
 class Conversion(nn.Module):
-    """The paper's single linear layer on W0's rows: d -> 2r, half of it theta_A, half theta_B."""
+    """The paper's single linear layer on W0's rows, d -> 2r, as its halves theta_A and theta_B."""
 
     def __init__(self, W0, rank):
         super().__init__()
@@ -50,21 +52,18 @@ class Conversion(nn.Module):
         # nn.Linear's default initialization. Zeros in theta_B make B and dW start at zero.
         nn.init.kaiming_uniform_(self.theta_A, a=math.sqrt(5))
 
-    def forward(self, M):
-        return convert(M, self.theta_A, self.theta_B)
-
 
 class AdaptedLinear(nn.Linear):
-    """An nn.Linear with a low-rank update; subclasses have factors().
+    """An nn.Linear with a low-rank update; subclasses have factors(), which gives (A, B).
 
-    adapt only changes a layer's class: it remains the same object, with its W0 and its hooks.
+    adapt changes the class of an existing nn.Linear to such a subclass, then calls `start`: so the
+    layer remains the same object, with its W0 and its hooks.
     """
 
     def start(self, settings):
-        self.settings = settings  # a dict: see SETTINGS
+        self.settings = settings  # adapt's arguments, for save_adapter
         self.scale = settings["alpha"] / settings["rank"]
-        # If set, forward uses it as W0 + dW and skips the factors. merge caches it; train.py's
-        # with_summed_weights sets it, with gradients, for one forward pass. It is never saved.
+        # W0 + dW, or None. If it is set (by merge, for one), forward uses it and no factors.
         self.register_buffer("merged", None, persistent=False)
 
     def forward(self, x):  # (..., d_in) -> (..., d_out)
@@ -76,14 +75,13 @@ class AdaptedLinear(nn.Linear):
 
     def delta(self):
         """dW = s B A, (d_out, d_in), in float32 or wider: bfloat16 would lose small updates."""
-        with torch.autocast(self.weight.device.type, enabled=False):
+        with torch.autocast(self.weight.device.type, enabled=False):  # it would use bfloat16
             A, B = self.factors()
             wide = torch.promote_types(A.dtype, torch.float32)
             return self.scale * B.to(wide) @ A.to(wide)
 
-    def extra_repr(self):
-        return (f"{self.in_features} -> {self.out_features}, {self.settings['method']}, "
-                f"rank {self.settings['rank']}, scale {self.scale:g}")
+    def extra_repr(self):  # for print(model)
+        return f"{super().extra_repr()}, {self.settings}"
 
 
 class LoRALinear(AdaptedLinear):
@@ -101,19 +99,18 @@ class LoRALinear(AdaptedLinear):
 
 
 class CondLoRALinear(AdaptedLinear):
-    """Owns no factors: a Conversion, which many layers share, makes them from this layer's M.
+    """Has no factors of its own: a Conversion makes them from M, this layer's W0 or a control's.
 
-    Only the first of them registers it as a submodule, because safetensors and Hugging Face's
-    Trainer refuse a state dict that holds a tensor twice. adapter_parameters raises if it is gone.
+    Layers share a Conversion. One of them, its owner, registers it as a submodule and so moves and
+    saves it for all: safetensors and Hugging Face's Trainer refuse the same tensor under two names.
     """
 
-    def start(self, settings, first, generator):
+    def start(self, settings, owner, generator):
         super().start(settings)
-        if first is self:
+        if owner is self:
             self.conversion = Conversion(self.weight, settings["rank"])
         else:
-            # Bypass nn.Module.__setattr__, which would also register it here.
-            object.__setattr__(self, "conversion", first.conversion)
+            object.__setattr__(self, "conversion", owner.conversion)  # without registering it
         self.register_buffer("random", None)
         if settings["method"] == "random":  # Gaussian, with W0's mean square
             W0 = self.weight.detach().float()
@@ -121,16 +118,16 @@ class CondLoRALinear(AdaptedLinear):
             self.random = noise.to(W0.device) * W0.square().mean().sqrt()
 
     @property
-    def M(self):
-        """What theta multiplies: W0, a random matrix, or None for the identity ("tied")."""
-        return self.weight if self.settings["method"] == "condlora" else self.random
+    def M(self):  # (d_out, d_in), or None for the identity
+        return dict(condlora=self.weight, random=self.random, tied=None)[self.settings["method"]]
 
     def factors(self):
-        return self.conversion(self.M)
+        return convert(self.M, self.conversion.theta_A, self.conversion.theta_B)
 
 
-METHODS = ("lora", "condlora", "tied", "random")
-SETTINGS = ("method", "targets", "rank", "alpha", "seed")  # adapt's arguments, which layers keep
+def refuse(is_wrong, message):
+    if is_wrong:
+        raise ValueError(message)
 
 
 def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.0, seed=0):
@@ -148,18 +145,19 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
     """
     targets = [targets] if isinstance(targets, str) else list(targets)
     linears = find_linears(model, method, targets, rank, alpha)
-    settings = dict(zip(SETTINGS, (method, targets, int(rank), float(alpha), int(seed))))
+    settings = {"method": method, "targets": targets, "rank": int(rank), "alpha": float(alpha),
+                "seed": int(seed)}
     generator = torch.Generator().manual_seed(settings["seed"])
     model.requires_grad_(False)
-    firsts = {}
+    owners = {}  # of the Conversion for each target and shape: the first such layer
     for name, layer in linears.items():
         if method == "lora":
             layer.__class__ = LoRALinear
             layer.start(settings)
         else:
             layer.__class__ = CondLoRALinear
-            first = firsts.setdefault((target_of(name, targets), layer.weight.shape), layer)
-            layer.start(settings, first, generator)
+            key = target_of(name, targets), layer.weight.shape
+            layer.start(settings, owners.setdefault(key, layer), generator)
     return model
 
 
@@ -183,11 +181,11 @@ def unmerge(model):
 
 def merge_and_unload(model):
     """Turn each adapted layer, in place, into a plain nn.Linear that holds W0 + dW."""
-    for layer in adapted_layers(merge(model)).values():
+    for layer in adapted_layers(merge(model)).values():  # first all are merged
         layer.weight = nn.Parameter(layer.merged, requires_grad=False)
-        names = {"A", "B", "conversion", "random", "merged", "settings", "scale"}
-        for name in names.intersection(dir(layer)):
-            delattr(layer, name)
+        for name in ("A", "B", "conversion", "random", "merged", "settings", "scale"):
+            if hasattr(layer, name):
+                delattr(layer, name)
         layer.__class__ = nn.Linear
     return model
 
@@ -195,15 +193,12 @@ def merge_and_unload(model):
 def save_adapter(model, file):
     """Write the adapter, each theta once, and every other parameter that requires a gradient.
 
-    The file also holds adapt's settings, whose seed redraws "random"'s matrices, and the layers'
+    The file also holds adapt's arguments, whose seed redraws "random"'s matrices, and the layers'
     names. Raises ValueError without an adapter, if settings differ, or if a Conversion is lost.
     """
-    layers = adapted_layers(model)
-    every = [layer.settings for layer in layers.values()]
-    refuse(not every or any(settings != every[0] for settings in every), "the model has no adapter,"
-           " or parts of it were adapted with different settings: save those one by one")
     weights = {name: p.detach().cpu().clone() for name, p in trained_tensors(model).items()}
-    torch.save({"settings": every[0], "layers": list(layers), "weights": weights}, file)
+    torch.save({"settings": settings_of(model), "layers": list(adapted_layers(model)),
+                "weights": weights}, file)
 
 
 def load_adapter(model, file):
@@ -217,23 +212,24 @@ def load_adapter(model, file):
     try:
         saved = torch.load(file, map_location="cpu", weights_only=True)
         theirs, weights = saved["settings"] | {"layers": saved["layers"]}, saved["weights"]
-        fresh = {name: theirs[name] for name in SETTINGS}
-        layers = adapted_layers(model) or adapted_layers(adapt(model, **fresh))
-        for layer in layers.values():
-            ours = layer.settings | {"layers": list(layers)}
-            for name in ("method", "rank", "alpha", "layers", "seed"):
-                matters = name != "seed" or ours["method"] == "random"
-                refuse(matters and theirs[name] != ours[name],
-                       f"{name} is {theirs[name]!s:.80}, in the model {ours[name]!s:.80}")
-        known = {name: p for name, p in model.named_parameters() if name in weights}  # also frozen
-        copy_tensors(weights, trained_tensors(model) | known)
+        if not adapted_layers(model):
+            names = "method", "targets", "rank", "alpha", "seed"  # train.py's file has more
+            adapt(model, **{name: theirs[name] for name in names})
+        ours = settings_of(model) | {"layers": list(adapted_layers(model))}
+        seed = ["seed"] if theirs["method"] == "random" else []
+        for name in ["method", "rank", "alpha", "layers", *seed]:
+            refuse(theirs[name] != ours[name],
+                   f"{name} is {theirs[name]!s:.80}, in the model {ours[name]!s:.80}")
+        # The file must have all that trains in the model, and may have what is frozen (a head).
+        in_file = {name: p for name, p in model.named_parameters() if name in weights}
+        copy_tensors(weights, trained_tensors(model) | in_file)
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load alone raises half a dozen types
         kind = type(error).__name__
         reason = str(error) if kind == "ValueError" else f"it is of another kind ({kind})"
         raise ValueError(f"{file} holds no adapter of this model: {reason:.200}") from error
-    for layer in layers.values():
+    for layer in adapted_layers(model).values():
         if layer.merged is not None:
             merge(layer)
     return model
@@ -241,10 +237,10 @@ def load_adapter(model, file):
 
 def copy_tensors(given, parameters):
     """Copy {name: tensor} to {name: parameter}, to train; ValueError if names or shapes differ."""
+    shape_in = lambda tensors, name: tuple(tensors[name].shape) if name in tensors else "missing"
     for name in sorted(parameters.keys() | given.keys()):
-        shape, expected = (tuple(x[name].shape) if name in x else "missing"
-                           for x in (given, parameters))
-        refuse(shape != expected, f"{name:.60} is {shape}, in the model {expected}")
+        theirs, ours = shape_in(given, name), shape_in(parameters, name)
+        refuse(theirs != ours, f"{name:.60} is {theirs}, in the model {ours}")
     for name, parameter in parameters.items():
         parameter.requires_grad_(True).data.copy_(given[name])
 
@@ -254,25 +250,34 @@ def adapted_layers(model):
     return {name: m for name, m in model.named_modules() if isinstance(m, AdaptedLinear)}
 
 
+def settings_of(model):
+    """adapt's arguments, which each layer keeps; ValueError if there are none, or several."""
+    every = [layer.settings for layer in adapted_layers(model).values()]
+    refuse(not every or any(settings != every[0] for settings in every), "the model has no adapter,"
+           " or parts of it were adapted with different settings: save or load those one by one")
+    return every[0]
+
+
 def adapter_parameters(model):
-    """The adapter's parameters, each theta once; ValueError if a Conversion's layer was removed."""
+    """The adapter's parameters, each theta once; ValueError if a Conversion's owner was removed."""
     modules, parameters = set(model.modules()), []
     for name, layer in adapted_layers(model).items():
         conversion = getattr(layer, "conversion", None)  # None in LoRA
         refuse(conversion and conversion not in modules, f"the layer that holds {name}'s thetas "
                f"was removed from the model: keep the first layer of each target and shape")
+        # A and B; or the thetas, which named_parameters finds in their owner alone.
         parameters += [p for key, p in layer.named_parameters() if key not in ("weight", "bias")]
     return parameters
 
 
 def trained_tensors(model):
-    """{name: parameter} of the adapter and of everything else that requires a gradient."""
+    """{name: parameter} of the adapter, frozen or not, and of all that requires a gradient."""
     adapter = set(map(id, adapter_parameters(model)))
     return {name: p for name, p in model.named_parameters() if p.requires_grad or id(p) in adapter}
 
 
 def target_of(name, targets):
-    """The first of `targets` whose parts are the last parts of `name`, or None."""
+    """The first of `targets` that `name` ends with, or None: "a.b.out" with "out", not "ut"."""
     return next((target for target in targets if f".{name}".endswith(f".{target}")), None)
 
 
@@ -283,11 +288,11 @@ def find_linears(model, method, targets, rank, alpha):
     refuse(not targets, "targets is empty: name the linear layers to adapt")
     refuse(adapted_layers(model), "the model is already adapted: adapt a fresh one")
     modules = dict(model.named_modules())
-    known = {name.rpartition(".")[2] for name, m in modules.items() if type(m) is nn.Linear}
     chosen = {name: module for name, module in modules.items() if target_of(name, targets)}
-    for target in targets:
+    linears = {name.rpartition(".")[2] for name, m in modules.items() if type(m) is nn.Linear}
+    for target in targets:  # each must be found
         refuse(not any(target_of(name, [target]) for name in chosen),
-               f"no nn.Linear is named {target!r}: the model has {', '.join(sorted(known))}")
+               f"no nn.Linear is named {target!r}: the model has {', '.join(sorted(linears))}")
     for name, layer in chosen.items():
         refuse(type(layer) is not nn.Linear,
                f"{name} is a {type(layer).__name__}: only plain nn.Linear layers can be adapted")
@@ -303,8 +308,3 @@ def find_linears(model, method, targets, rank, alpha):
         refuse(method in ("tied", "random") and d_out != d_in,
                f"{name} is not square: method {method} is for square weights only")
     return chosen
-
-
-def refuse(is_wrong, message):
-    if is_wrong:
-        raise ValueError(message)

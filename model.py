@@ -29,7 +29,7 @@ class Config:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
-    # In RoBERTa and MPNet this includes pad_token_id + 1 positions that no real token uses.
+    # In RoBERTa and MPNet this includes pad_token_id + 1 unused ones: see Embeddings.forward.
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     pad_token_id: int = 0
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         self.dropout = config.attention_probs_dropout_prob
 
     def forward(self, x, context, mask):
-        """x (B, t, d) attends to context (B, T, d).
+        """x (B, t, d) attends to context (B, T, d); t is T, or 1 in the last layer (see Layer).
 
         mask is added to the scores, and broadcast to (B, nh, t, T); or it is None.
         """
@@ -88,7 +88,8 @@ class Layer(nn.Module):
     def forward(self, x, context, mask):
         """New states (B, t, d) of the positions x (B, t, d), which attend to context (B, T, d).
 
-        x is context, or in the last layer its first position only: the head reads no other.
+        x is context; but the last layer computes only the first position, since the head reads no
+        other.
         """
         # Post-layer-norm: each norm comes after the sum.
         x = self.norm1(x + self.dropout(self.attention(x, context, mask)))
@@ -111,7 +112,8 @@ class Embeddings(nn.Module):
         if self.config.model_type == "bert":
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         else:
-            # Non-padding tokens get pad + 1, pad + 2, ...; padding gets pad.
+            # Padding gets pad, other tokens pad + 1, pad + 2, ...: with pad 1, the ids
+            # [0, 7, 2, 1, 1] have the positions [2, 3, 4, 1, 1].
             pad = self.config.pad_token_id
             is_token = (input_ids != pad).long()
             positions = is_token.cumsum(1) * is_token + pad
@@ -129,16 +131,17 @@ BUCKETS, MAX_DISTANCE = 32, 128  # T5's
 def relative_buckets(offset):
     """The bucket of key position - query position (T5's rule: Raffel et al. 2020, section 2.1).
 
-    Half of the buckets are for keys before the query, half for those after. The 8 nearest distances
-    have a bucket each; farther ones share buckets that widen logarithmically, the last of which has
-    all distances of 91 or more.
+    Buckets 0 to 15 are for keys before the query or at it, 16 to 31 for keys after it. In each half
+    the distances 0 to 7 have a bucket each. Farther ones share buckets 8 to 15, whose width grows
+    logarithmically: distance 8 is in bucket 8, 16 in 10, 32 in 12, 64 in 14, 91 and more in 15.
     """
     distance = offset.abs()
-    half = BUCKETS // 2
-    exact = half // 2
-    growth = torch.log(distance.clamp(min=1).float() / exact) / math.log(MAX_DISTANCE / exact)
-    far = (exact + (growth * (half - exact)).long()).clamp(max=half - 1)
-    return torch.where(distance < exact, distance, far) + half * (offset > 0)
+    half = BUCKETS // 2  # 16
+    near = half // 2  # 8
+    # From 0 at distance 8 to 1 at distance 128. (It is not used for nearer ones.)
+    fraction = torch.log(distance.clamp(min=1).float() / near) / math.log(MAX_DISTANCE / near)
+    far = (near + (fraction * (half - near)).long()).clamp(max=half - 1)
+    return torch.where(distance < near, distance, far) + half * (offset > 0)
 
 
 class Head(nn.Module):
@@ -170,9 +173,9 @@ class Transformer(nn.Module):
         self.head = Head(config)
         if config.model_type == "mpnet":
             self.relative_bias = nn.Embedding(BUCKETS, config.num_attention_heads)
-            # The bucket of every offset: buckets[k] is that of k - (max_len - 1).
-            offsets = torch.arange(1 - config.max_len, config.max_len)
-            self.register_buffer("buckets", relative_buckets(offsets), persistent=False)
+            position = torch.arange(config.max_len)
+            offset = position[None, :] - position[:, None]  # (query, key)
+            self.register_buffer("buckets", relative_buckets(offset), persistent=False)
         self.apply(self.initialize)
 
     def initialize(self, module):
@@ -200,9 +203,10 @@ class Transformer(nn.Module):
             x = layer(x, x, mask)
         if not first_only:
             return last(x, x, mask)
+        if mask is not None:
+            mask = mask[:, :, :1]  # the first query's, or the one row for all
         # Contiguous, so that the other positions can be freed.
-        first_mask = None if mask is None else mask[:, :, :1]
-        return last(x[:, :1].contiguous(), x, first_mask)
+        return last(x[:, :1].contiguous(), x, mask)
 
     def score_mask(self, T, attention_mask, x):
         """What is added to the attention scores (B, nh, T, T), in x's dtype, or None.
@@ -216,9 +220,7 @@ class Transformer(nn.Module):
             mask.masked_fill_(attention_mask == 0, torch.finfo(x.dtype).min)
             mask = mask[:, None, None, :]  # (B, 1, 1, T)
         if self.config.model_type == "mpnet":
-            position = torch.arange(T, device=x.device)
-            offset = position[None, :] - position[:, None]  # (T, T), key - query
-            bias = self.relative_bias(self.buckets[offset + self.config.max_len - 1])  # (T, T, nh)
+            bias = self.relative_bias(self.buckets[:T, :T])  # (T, T, nh)
             # Contiguous, as attention's fast kernels on a GPU want it.
             bias = bias.permute(2, 0, 1).contiguous()[None]
             mask = bias if mask is None else mask + bias  # (1 or B, nh, T, T)

@@ -319,7 +319,7 @@ def test_every_part_must_have_the_settings_of_the_file(tmp_path):
     other = encoder()
     adapt(other.layers[0], "lora", "query")
     adapt(other.layers[1:], "lora", "query", alpha=16)
-    with pytest.raises(ValueError, match="alpha is 8.0, in the model 16.0"):
+    with pytest.raises(ValueError, match="different settings"):
         load_adapter(other, tmp_path / "adapter.pt")
 
 
@@ -489,7 +489,7 @@ def test_hooks_and_sizes_survive_adapting_and_unloading():
     handle.remove()
     model(IDS)
     assert len(seen) == 2
-    assert "16 -> 16, tied, rank 2, scale 4" in repr(adapt(encoder(), "tied", rank=2))
+    assert "out_features=16, bias=True, {'method': 'tied'," in repr(adapt(encoder(), "tied"))
 
 
 def test_autocast_does_not_narrow_an_update():
