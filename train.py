@@ -20,7 +20,9 @@ import math
 import os
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
+from typing import NamedTuple
 
 # cuBLAS is deterministic only with this setting.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -28,14 +30,14 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import numpy as np
 import torch
 import torch.distributed as dist
-# AdamW imports this lazily. Imported after init_process_group it would keep the process group
-# alive, and the program would end with a warning.
+# AdamW would import this later; if that is after init_process_group, the process group is kept
+# alive and the program ends with a warning.
 import torch.distributed.nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from condlora import (METHODS, adapt, adapted_layers, adapter_parameters, convert, copy_tensors,
-                      trained_tensors, unmerge)
+from condlora import (METHODS, Conversion, adapt, adapted_layers, adapter_parameters, convert,
+                      copy_tensors, trained_tensors, unmerge)
 from data import checkpoint, glue, peft_format, pretrained, tokenizer, toy
 from data.batches import Encoded, by_width, shuffled
 from data.command import between, check_outputs, one_line, parser_of, reading
@@ -48,7 +50,8 @@ PROCESS, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_S
 IS_MASTER = PROCESS == 0
 HIDE_BAR = None if IS_MASTER else True  # tqdm: None hides a bar unless it is on a terminal
 
-# Defaults, chosen on the validation sets of the toy tasks and of GLUE.
+# Defaults, chosen on the validation sets of the toy task and of GLUE. "full" is full fine-tuning,
+# "head" trains nothing but the head.
 TOY = {"epochs": 14, "batch_size": 32,
        "lr": dict.fromkeys(METHODS, 5e-3) | {"lora": 4e-3, "full": 1e-3, "head": 1e-2}}
 GLUE = {"epochs": 20, "batch_size": 16,
@@ -61,17 +64,22 @@ NOT_KEPT = ("init_from", "device", "no_graphs", "out", "history", "resume", "eva
 # Training ----------------------------------------------------------------------------------------
 
 def train(model, forward, data, metrics, args, ckpt):
-    """Train for args.epochs epochs, or for those that the checkpoint `ckpt` lacks.
+    """Train for args.epochs epochs, or to resume, for those that ckpt["history"] lacks.
 
-    forward(*inputs) gives logits: it is the model, or what `prepare` makes of it. data is {"train",
-    "validation": Encoded}; its batches are (rows, width, padded): indices into the split, tokens a
-    row, whether any row is shorter. `ckpt` (data/checkpoint.py) gets each epoch's weights.
+    forward  forward(*inputs) gives logits: the model, or what `prepare` makes of it
+    data     {name: Encoded} with "train" and "validation": texts as padded token ids, on the device
+    ckpt     the checkpoint, a dict (data/checkpoint.py). Each epoch adds its metrics to "history",
+             replaces the weights under "last" and the "optimizer"'s state, and, if it is the best
+             so far, "weights" and "best_epoch"
+
+    A batch is (rows, width, padded): the numbers of some rows of similar length, the width in
+    tokens to which they are cut, and whether any of them is shorter than that.
     """
     split, history = data["train"], ckpt["history"]
     device, n = split.labels.device, len(split.labels)
     optimizer = make_optimizer(model, args)
-    if history:
-        with reading(args.resume):
+    if history:  # until now the model has the best epoch's weights; this gives it the last one's
+        with reading(args.resume):  # errors name the file
             checkpoint.resume(ckpt, model, optimizer)
     step = make_step(forward, split, optimizer, args.grad_clip)
     if device.type == "cuda" and not args.no_graphs:
@@ -83,18 +91,19 @@ def train(model, forward, data, metrics, args, ckpt):
         if args.patience and history and epoch - best_of(history)["epoch"] > args.patience:
             break
         model.train()
-        # Reseed each epoch, so that a resumed run has the same dropout.
+        # Reseed each epoch, so that a resumed run has the same dropout. Each process has its own
+        # dropout, but all have the same order of rows.
         dropout_seed = np.random.default_rng([args.seed, epoch, PROCESS]).integers(2 ** 63)
         torch.manual_seed(int(dropout_seed))
-        began, loss = time.perf_counter(), torch.zeros((), device=device)
         order = shuffled(split.widths, args.batch_size, [args.seed, epoch])
+        began, loss_sum = time.perf_counter(), torch.zeros((), device=device)
         for rows, width, padded in split.batches(order):
             lr = args.lr * schedule(done, steps, args.warmup)
             optimizer.param_groups[0]["lr"].fill_(lr)  # a tensor: see make_optimizer
-            loss += step(rows, width, padded)
+            loss_sum += step(rows, width, padded)
             done += 1
             bar.update()
-        loss = sum_over_processes(loss).item() / n
+        loss = sum_over_processes(loss_sum).item() / n
         seconds = time.perf_counter() - began
         if not math.isfinite(loss):
             raise ValueError(f"the loss is {loss} in epoch {epoch}: "
@@ -125,13 +134,14 @@ def make_step(forward, split, optimizer, grad_clip):
     [group] = optimizer.param_groups
 
     def step(rows, width, padded):
-        share = rows[PROCESS::PROCESSES]  # all of them, if there is one process; perhaps none
+        # All rows, if there is one process. If a share is empty, its loss and gradients are 0.
+        share = rows[PROCESS::PROCESSES]
         inputs, labels = split.batch(share, width, padded)
         loss = summed_loss(forward(*inputs), labels)
         optimizer.zero_grad()
-        (loss / len(rows)).backward()  # not len(share): gradients are summed over processes
+        (loss / len(rows)).backward()
         if PROCESSES > 1:
-            sum_gradients(group["params"])
+            sum_gradients(group["params"])  # so that they are those of the whole batch's mean
         if grad_clip:
             torch.nn.utils.clip_grad_norm_(group["params"], grad_clip)
         optimizer.step()
@@ -156,7 +166,8 @@ def sum_over_processes(tensor):
 def make_optimizer(model, args):
     parameters = [p for p in model.parameters() if p.requires_grad]
     on_cuda = parameters[0].is_cuda
-    # The rate is a tensor, which a recorded step reads at each replay; foreach would not take it.
+    # Recorded (below) replays a step, in which only what tensors hold can change. So the rate is a
+    # tensor, which AdamW does not take with foreach.
     lr = torch.tensor(args.lr, device=parameters[0].device)
     return torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay, foreach=False,
                              fused=on_cuda, capturable=on_cuda)
@@ -173,13 +184,16 @@ def constant_loss(labels):
     """The mean loss of the best answer that is the same for every input."""
     if labels.is_floating_point():
         return labels.var(correction=0).item()
-    return torch.special.entr(labels.bincount() / len(labels)).sum().item()
+    frequencies = labels.bincount() / len(labels)
+    return torch.special.entr(frequencies).sum().item()  # their entropy
 
 
 def schedule(step, steps, warmup):
     """Factor on the learning rate: linear warmup over a share of the steps, then linear decay."""
     rise = warmup * steps
-    return min((step + 1) / rise if rise else 1.0, (steps - step) / max(steps - rise, 1.0), 1.0)
+    up = (step + 1) / rise if rise else 1.0
+    down = (steps - step) / max(steps - rise, 1.0)
+    return min(up, down, 1.0)
 
 
 def evaluate(model, forward, split, metrics, batch_size):
@@ -198,15 +212,16 @@ def outputs_of(model, forward, split, batch_size):
     for rows, width, padded in tqdm(batches, "evaluating", leave=False, delay=2, disable=HIDE_BAR):
         inputs, _ = split.batch(rows, width, padded)
         outputs[rows] = forward(*inputs).float()
-    outputs = sum_over_processes(outputs).cpu()
+    outputs = sum_over_processes(outputs).cpu()  # rows of other processes are 0 here
     if not outputs.isfinite().all():
         raise ValueError("the model's outputs are not finite: train it with a lower --lr")
     return outputs
 
 
 def best_of(history):
-    """The epoch with the best validation score, of the task's main (first) metric."""
-    return max(history, key=lambda epoch: next(iter(epoch["validation"].values())))
+    """The first epoch with the best validation score, by the task's main metric."""
+    main_score = lambda epoch: next(iter(epoch["validation"].values()))  # the main one is first
+    return max(history, key=main_score)
 
 
 def text_of(scores):
@@ -217,9 +232,10 @@ def text_of(scores):
 # The task and the model --------------------------------------------------------------------------
 
 def load_task(args, ckpt):
-    """(splits, metrics(predictions, labels), a checkpoint's entries that describe the data)
+    """({"train", "validation", "test": Split(texts, labels)}, metrics(predictions, labels), about)
 
-    Raises ValueError if the checkpoint `ckpt` is of other classes, or to be resumed on other rows.
+    `about` has a checkpoint's entries that describe the data. Raises ValueError if those of `ckpt`
+    are of other classes, or, to resume, of other rows.
     """
     file = args.resume or args.eval_only
     with reading(file):
@@ -232,7 +248,7 @@ def load_task(args, ckpt):
     about = {"task": args.task, "classes": list(classes), "n_texts": len(splits["train"].texts[0]),
              "data": hashlib.sha256(rows).hexdigest()}
     fixed = ("classes", "n_texts", "data") if args.resume else ("classes", "n_texts")
-    changed = [name for name in fixed if ckpt and ckpt.get(name, about[name]) != about[name]]
+    changed = [name for name in fixed if ckpt and ckpt[name] != about[name]]
     if changed:
         raise ValueError(f"{file} was trained on other rows of {args.task}: "
                          f"{', '.join(changed)} changed")
@@ -244,7 +260,7 @@ def load_task(args, ckpt):
 def build(args, model):
     """Adapt a pretrained encoder: only what should train requires a gradient."""
     model.requires_grad_(args.method == "full")
-    if args.method in METHODS:
+    if args.method in METHODS:  # the head has linear layers, too, but trains as it is
         adapt(model.layers, args.method, args.targets, args.rank, args.alpha, args.seed)
     model.head.requires_grad_(True)
     return model
@@ -252,7 +268,7 @@ def build(args, model):
 
 def load_model(args, ckpt, n_out, device):
     """(the encoder's folder, its tokenizer, the model with the best epoch's weights if trained)"""
-    with reading(args.resume or args.eval_only):  # which an error names
+    with reading(args.resume or args.eval_only):  # errors name the checkpoint
         folder = find_encoder(args, ckpt, device)
         tok = tokenizer.load(folder)
         torch.manual_seed(args.seed)
@@ -266,17 +282,12 @@ def load_model(args, ckpt, n_out, device):
 
 
 def find_encoder(args, ckpt, device):
-    """The encoder's folder: a checkpoint's, the toy's, --init_from, or by default roberta-base."""
-    folder = None
-    if args.init_from or not (ckpt or args.task == "toy"):
-        name = args.init_from or "roberta-base"
-        folder = next((f for f in (Path(name), DATA / "models" / name) if f.is_dir()), None)
-        if not folder:
-            raise FileNotFoundError(f"no folder {name}, here or under {DATA / 'models'}. "
-                                    f"Run `python data/download.py NAME` to fetch a model.")
+    """The encoder's folder: --init_from, a checkpoint's, the toy's, or by default roberta-base."""
     if ckpt:
-        return checkpoint.verified_encoder(ckpt, folder)
-    return folder or toy_encoder(args, device)
+        return checkpoint.verified_encoder(ckpt, args.init_from)
+    if args.task == "toy" and not args.init_from:
+        return toy_encoder(args, device)
+    return pretrained.find(args.init_from or "roberta-base")
 
 
 def toy_encoder(args, device):
@@ -297,7 +308,7 @@ def run(argv):
     device = pick_device(args.device)
     if device.type != "mps":  # same seed, same results; costs a few percent on CUDA
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which would take time
     if PROCESSES > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     settle(args, device)
@@ -313,19 +324,12 @@ def train_and_report(args, ckpt, device):
     """Train and write the scores to the checkpoint, unless --eval_only is given; print them."""
     splits, metrics, about = load_task(args, ckpt)
     folder, tok, model = load_model(args, ckpt, len(about["classes"]) or 1, device)
-    forward = prepare(model, args, device)
-    train_labels = splits["train"].labels
-    if args.eval_only:
-        del splits["train"]
+    forward = prepare(model, args, device)  # also changes the model: see there
     max_len = min(args.max_len, model.config.max_len)
-    data = {name: Encoded(split, tok, max_len, device) for name, split in splits.items()}
-    if not ckpt:
-        settings = {name: str(value) if isinstance(value, Path) else value
-                    for name, value in vars(args).items() if name not in NOT_KEPT}
-        encoder = {"path": str(folder.resolve()), "sha256": checkpoint.sha256(folder)}
-        ckpt = about | {"settings": settings, "encoder": encoder, "history": [],
-                        "layers": list(adapted_layers(model))}
+    data = {name: Encoded(split, tok, max_len, device) for name, split in splits.items()
+            if not (name == "train" and args.eval_only)}
     if not args.eval_only:
+        ckpt = ckpt or new_checkpoint(args, about, folder, model)
         train(model, forward, data, metrics, args, ckpt)
         copy_tensors(ckpt["weights"], trained_tensors(model))  # of the best epoch
     scores = {name: evaluate(model, forward, split, metrics, args.batch_size)
@@ -333,7 +337,16 @@ def train_and_report(args, ckpt, device):
     if IS_MASTER:
         if not args.eval_only:
             checkpoint.save(ckpt | {"results": scores}, args.out)
-        report(args, model, ckpt, folder, scores, train_labels, device)
+        report(args, model, ckpt, folder, scores, splits["train"].labels, device)
+
+
+def new_checkpoint(args, about, folder, model):
+    """What a checkpoint holds before the first epoch: `train` adds weights and metrics."""
+    settings = {name: str(value) if isinstance(value, Path) else value
+                for name, value in vars(args).items() if name not in NOT_KEPT}
+    encoder = {"path": str(folder.resolve()), "sha256": checkpoint.sha256(folder)}
+    return about | {"settings": settings, "encoder": encoder, "history": [],
+                    "layers": list(adapted_layers(model))}
 
 
 def predict_or_export(args, ckpt, device):
@@ -386,10 +399,10 @@ def report(args, model, ckpt, folder, scores, train_labels, device):
 # The command line --------------------------------------------------------------------------------
 
 def arguments(argv):
-    """(options, the checkpoint that --resume or --eval_only names or None).
+    """(options, the checkpoint that --resume or --eval_only names or None)
 
-    A checkpoint's own settings hold. The command line may repeat them; of them it may change only
-    the data's folder and, with --eval_only, --dtype.
+    A checkpoint's settings replace the defaults. What is typed must agree with them (--rank 4 is an
+    error, if it was trained with 8), but for a folder of data and, with --eval_only, --dtype.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
@@ -400,23 +413,33 @@ def arguments(argv):
     if not file:
         return args, None
     ckpt = checkpoint.load(file)
-    kept_names = vars(args).keys() - set(NOT_KEPT)
-    # The checkpoint's settings become the defaults; argparse parses a default that is text like
-    # what is typed. `from_file` is what the checkpoint says, `args` has the command line on top.
-    settings = {name: value if value is None or name in ("targets", "regression") else str(value)
-                for name, value in ckpt["settings"].items() if name in kept_names}
-    parser.set_defaults(**settings, out=file)
     with reading(file):
-        from_file = parser.parse_args([])
-    args = parser.parse_args(argv)
-    for name in settings:
-        given, value = getattr(args, name), getattr(from_file, name)
-        is_folder = name == "task" and os.path.isabs(given) and os.path.isabs(value)
-        may_differ = is_folder or name == "data_dir" or (name == "dtype" and args.eval_only)
-        if given != value and not may_differ:
+        trained = parser.parse_args(as_typed(ckpt["settings"], vars(args).keys() - set(NOT_KEPT)))
+    args = parser.parse_args(argv, Namespace(**vars(trained) | {"out": file}))
+    may_change = {*NOT_KEPT, "data_dir", *["dtype"] * bool(args.eval_only)}
+    if os.path.isabs(args.task) and os.path.isabs(trained.task):  # one's own data
+        may_change.add("task")
+    for name, value in vars(trained).items():
+        given = getattr(args, name)
+        if given != value and name not in may_change:
             raise ValueError(f"--{name} {given} contradicts {file}, trained with {value}: "
                              f"leave it out")
     return args, ckpt
+
+
+def as_typed(settings, names):
+    """A checkpoint's settings of these names as words of a command line, for the parser to check.
+
+    {"rank": 8, "targets": ["query"], "regression": True, "patience": None} gives
+    ["--rank=8", "--targets", "query", "--regression"].
+    """
+    words = []
+    for name, value in settings.items():
+        if name not in names or value is None or value is False:
+            continue
+        words += (["--targets", *value] if name == "targets" else
+                  [f"--{name}"] if value is True else [f"--{name}={value}"])
+    return words
 
 
 def make_parser():
@@ -522,7 +545,14 @@ def main(argv=None):
 # What makes it fast: the same forward and the same step, wrapped ---------------------------------
 
 def prepare(model, args, device):
-    """Prepare the model in place for the dtype and the device; returns forward(*inputs): logits."""
+    """forward(*inputs) that gives the model's logits fast; changes the model in place.
+
+    float32 on a CPU            the model as it is
+    float32 on CUDA             with_summed_weights
+    bfloat16                    the same, and what is frozen is bfloat16, but for the W0 to which an
+                                update is added: those and all that trains remain float32
+    bfloat16, --method full     autocast: all is float32 and trains
+    """
     bfloat16 = args.dtype == "bfloat16"
     if device.type == "cuda":  # TF32 for the head, all else being bfloat16
         torch.set_float32_matmul_precision("high" if bfloat16 else "highest")
@@ -532,8 +562,6 @@ def prepare(model, args, device):
                 return model(*inputs)
         return forward
     if bfloat16:
-        # Frozen weights in bfloat16: half the memory, and no casts in a step. What trains stays
-        # float32, and so does W0, to which an update is added.
         W0_ids = {id(layer.weight) for layer in adapted_layers(model).values()}
         for p in model.parameters():
             if not p.requires_grad and id(p) not in W0_ids:
@@ -543,79 +571,100 @@ def prepare(model, args, device):
     return model
 
 
-def with_summed_weights(model, dtype):
-    """forward(*inputs), in which each adapted layer does one product, with its W0 + dW.
+class Stack(NamedTuple):
+    """Adapted layers whose W0 + dW are computed at once: of one shape and, if any, one Conversion."""
 
-    On a GPU the thin products with A and B are memory-bound. So x (W0 + dW)^T is computed, one
-    product instead of three, with all layers' B A from a few large products in `dtype`. W0 + dW is
-    summed in float32, where small updates are not lost, then rounded to `dtype`. Each call sets
-    `merged`, through which gradients reach A and B, runs the model and drops it.
-    """
-    stacks = {}  # the layers of one shape, and of one conversion if any
+    layers: list  # of L layers, whose weights are views of W0
+    W0: torch.Tensor  # (L, d_out, d_in), float32
+    conversion: Conversion | None  # None in LoRA
+    M: torch.Tensor | None  # the layers' M, (L, d_out, d_in); None in LoRA and for "tied"
+
+
+def stacks_of(model, dtype):
+    """The model's adapted layers as Stacks, whose M are in `dtype`."""
+    groups = {}
     for layer in adapted_layers(model).values():
         key = layer.weight.shape, getattr(layer, "conversion", None)
-        stacks.setdefault(key, []).append(layer)
-    groups = []
-    for (_, conversion), layers in stacks.items():
-        # One tensor (L, d_out, d_in) holds their W0 from now on, so that none is held twice.
+        groups.setdefault(key, []).append(layer)
+    stacks = []
+    for (_, conversion), layers in groups.items():
         W0 = torch.stack([layer.weight.detach() for layer in layers])
         for layer, weight in zip(layers, W0):
-            layer.weight.data = weight
+            layer.weight.data = weight  # a view, so that no W0 is held twice
         M = None
         if conversion and layers[0].M is not None:
-            is_W0 = layers[0].M is layers[0].weight  # which is stacked already
-            M = (W0 if is_W0 else torch.stack([layer.M for layer in layers])).to(dtype)
-        groups.append((layers, W0, conversion, M))
+            M = torch.stack([layer.M.detach() for layer in layers]).to(dtype)
+        stacks.append(Stack(layers, W0, conversion, M))
+    return stacks
+
+
+def with_summed_weights(model, dtype):
+    """forward(*inputs) in which an adapted layer computes x (W0 + dW)^T: one product, not three.
+
+    The thin products with A and B are memory-bound on a GPU. Here a few products give every layer's
+    B A, in `dtype`. W0 + dW is summed in float32, where small updates are not lost, then rounded to
+    `dtype`.
+    """
+    stacks = stacks_of(model, dtype)
 
     def forward(*inputs):
-        for layers, W0, conversion, M in groups:
-            if conversion:  # A (L, r, d_in) and B (L, d_out, r), or tied's (r, d_in) and (d_out, r)
+        for layers, W0, conversion, M in stacks:
+            if conversion:  # A (L, r, d_in) and B (L, d_out, r); "tied"'s have no L
                 A, B = convert(M, conversion.theta_A.to(dtype), conversion.theta_B.to(dtype))
             else:
                 A = torch.stack([layer.A for layer in layers]).to(dtype)
                 B = torch.stack([layer.B for layer in layers]).to(dtype)
-            summed = torch.add(W0, B @ A, alpha=layers[0].scale).to(dtype)
+            summed = torch.add(W0, B @ A, alpha=layers[0].scale).to(dtype)  # (L, d_out, d_in)
             for layer, weight in zip(layers, summed.unbind()):
-                layer.merged = weight
+                layer.merged = weight  # unlike merge's, with gradients, which reach A and B
         try:
             return model(*inputs)
         finally:
-            unmerge(model)
+            unmerge(model)  # autograd keeps what backward needs
     return forward
 
 
 class Recorded:
     """Calls step(rows, width, padded), on CUDA, by replaying a CUDA graph for each shape of batch.
 
-    A small batch's thousand kernels take longer to launch than to run. A shape's first call runs
-    as it is, which also sets up what CUDA sets up at first use; the second is recorded, which does
-    not run it, then replayed. The next replay overwrites the loss that is returned.
+    A small batch's thousand kernels take longer to launch than to run. A graph holds those of the
+    whole step, from the forward pass to AdamW's, and launches them at once. It reads and writes the
+    same memory each time: the parameters, AdamW's state, the learning rate, and a tensor of row
+    numbers, which is filled before. Dropout still differs from replay to replay.
     """
 
     def __init__(self, step):
-        self.step, self.graphs, self.pool = step, {}, torch.cuda.graph_pool_handle()
+        self.step, self.seen, self.graphs = step, set(), {}
+        self.pool = torch.cuda.graph_pool_handle()  # memory that all graphs share
 
     def __call__(self, rows, width, padded):
         shape = len(rows), width, padded
+        if shape not in self.seen:
+            self.seen.add(shape)
+            return self.warm_up(rows, width, padded)
         if shape not in self.graphs:
-            self.graphs[shape] = None
-            # CUDA requires a warm-up on a side stream before capture.
-            stream, usual = torch.cuda.Stream(), torch.cuda.current_stream()
-            stream.wait_stream(usual)
-            with torch.cuda.stream(stream):
-                result = self.step(rows, width, padded)
-            usual.wait_stream(stream)
-            return result
-        if self.graphs[shape] is None:
-            graph, input_rows = torch.cuda.CUDAGraph(), rows.clone()
-            # NCCL's watchdog thread may call CUDA during capture.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                result = self.step(input_rows, width, padded)
-            self.graphs[shape] = graph, input_rows, result
-        graph, input_rows, result = self.graphs[shape]
+            self.graphs[shape] = self.record(rows, width, padded)
+        graph, input_rows, loss = self.graphs[shape]
         input_rows.copy_(rows)
         graph.replay()
-        return result
+        return loss  # valid until the next replay
+
+    def warm_up(self, rows, width, padded):
+        """Take the step on a side stream, as CUDA requires before it records one of this shape."""
+        stream, usual = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(usual)
+        with torch.cuda.stream(stream):
+            loss = self.step(rows, width, padded)
+        usual.wait_stream(stream)
+        return loss
+
+    def record(self, rows, width, padded):
+        """(the graph of a step, the rows it reads, the loss it writes); does not take the step."""
+        graph, input_rows = torch.cuda.CUDAGraph(), rows.clone()
+        # NCCL's watchdog thread may call CUDA during capture.
+        with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+            loss = self.step(input_rows, width, padded)
+        return graph, input_rows, loss
 
 
 if __name__ == "__main__":

@@ -10,16 +10,15 @@ from torch import Tensor
 
 from condlora import copy_tensors, trained_tensors
 
-from . import tokenizer
+from . import pretrained, tokenizer
 from .command import reading, write
-from .pretrained import weights_file
 
-# The entries of a checkpoint. It may have two more: "data", the SHA-256 of the training and
-# validation texts and labels, and, once training has ended, "results": {split: metrics}.
+# The entries of a checkpoint. Once training has ended, it also has "results": {split: metrics}.
 FORMAT = {
     "task": str,  # its name or its folder
     "classes": [str],  # none: a regression
     "n_texts": int,  # sentences a row
+    "data": str,  # the SHA-256 of the training and validation texts and labels
     "settings": {"method": str, "targets": [str], "rank": int, "seed": int, "regression": bool},
     "encoder": {"path": str, "sha256": str},  # the folder; sha256() of it
     "layers": [str],  # the names of the adapted layers
@@ -69,16 +68,16 @@ def fits(value, kind):
 def sha256(folder):
     """SHA-256 of what is read from a pretrained model's folder."""
     names, digest = ("config.json", *tokenizer.FILES), hashlib.sha256()
-    for file in (weights_file(folder), *(Path(folder) / name for name in names)):
+    for file in (pretrained.weights_file(folder), *(Path(folder) / name for name in names)):
         if file.is_file():
             with open(file, "rb") as opened:
                 digest.update(hashlib.file_digest(opened, "sha256").digest())
     return digest.hexdigest()
 
 
-def verified_encoder(checkpoint, folder=None):
-    """The folder of the checkpoint's encoder, or `folder`, if its weights are the same."""
-    folder = Path(folder or checkpoint["encoder"]["path"])
+def verified_encoder(checkpoint, name=None):
+    """The folder of the checkpoint's encoder, or of another name, if its files are the same."""
+    folder = pretrained.find(name) if name else Path(checkpoint["encoder"]["path"])
     if not folder.is_dir() or sha256(folder) != checkpoint["encoder"]["sha256"]:
         raise ValueError(f"{str(folder)[:150]} does not hold the encoder that it was trained with, "
                          f"unchanged: say where that is with --init_from")

@@ -134,6 +134,16 @@ def read_config(file, n_out=2):
     return config
 
 
+def find(name):
+    """The folder of a model: `name`, or data/models/NAME, where download.py puts it."""
+    models = Path(__file__).resolve().parent / "models"
+    for folder in (Path(name), models / name):
+        if folder.is_dir():
+            return folder
+    raise FileNotFoundError(f"no folder {name}, here or under {models}. Run `python "
+                            f"data/download.py NAME` to fetch a model.")
+
+
 WEIGHTS = "model.safetensors", "pytorch_model.bin"
 
 
