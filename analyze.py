@@ -4,16 +4,17 @@
     python analyze.py ckpt.pt --compare other.pt     # LoRA and CondLoRA, or two seeds
     python analyze.py FOLDER --init_from ENCODER     # a LoRA adapter that PEFT wrote
 
-For each layer  C_A = W0^-1 A^T,  C_B = W0^-1 B,  C_BA = W0^-1 B A  (Kim et al. 2024,
-arXiv:2403.14946, section 3), compared by the subspace similarity phi of the LoRA paper (Hu et al.
-2022, arXiv:2106.09685, section 7.2): 0 for orthogonal subspaces, 1 if one contains the other.
+Each layer has the conversion matrices  C_A = W0^-1 A^T,  C_B = W0^-1 B,  C_BA = W0^-1 B A  (Kim et
+al. 2024, arXiv:2403.14946, section 3). Those of two layers are compared by the subspace similarity
+phi of the LoRA paper (Hu et al. 2022, arXiv:2106.09685, section 7.2): 0 for orthogonal subspaces, 1
+if one contains the other.
 
-LoRA:     the conversion matrices of every pair of layers. The control, which the paper lacks, is
-          untrained A and B through the same W0^-1: it tells what W0 does by itself. With the
-          default --i, --j and --side C_BA has no row, since its left vectors span what C_B's do.
-CondLoRA: with square W0 every layer has the same conversion matrices, theta^T. The question is
-          reversed: how similar are A and B, made by one theta from different W0? The control is
-          untrained thetas.
+            compared          control, which the paper lacks
+LoRA        C_A, C_B, C_BA    untrained A and B, through the same W0^-1: what W0 does by itself
+CondLoRA    A, B, B A         untrained thetas
+
+CondLoRA's conversion matrices are theta^T in every layer with a square W0 (W0^-1 W0 theta^T). The
+question there is how similar the A and B are that one pair of thetas makes from different W0.
 """
 
 import json
@@ -37,12 +38,12 @@ DRAWS = 100  # of each random baseline
 def inverse_of(W0):
     """W0's inverse (..., d_in, d_out), condition number (...), and whether it is invertible (...).
 
-    If W0 (..., d_out, d_in) is rectangular or singular, it is the pseudo-inverse: the smallest
-    least-squares solution.
+    If W0 (..., d_out, d_in) is rectangular or singular, the inverse is the pseudo-inverse, which
+    gives least-squares solutions, and the smallest of these.
     """
     U, S, Vh = torch.linalg.svd(W0, full_matrices=False)
-    rounding = max(W0.shape[-2:]) * torch.finfo(W0.dtype).eps
-    is_kept = S > S[..., :1] * rounding
+    tolerance = max(W0.shape[-2:]) * torch.finfo(W0.dtype).eps
+    is_kept = S > S[..., :1] * tolerance
     inverse = Vh.mT @ (torch.where(is_kept, 1 / S, 0.0)[..., None] * U.mT)
     is_square = W0.shape[-2] == W0.shape[-1]
     return inverse, S[..., 0] / S[..., -1], is_kept.all(-1) & is_square
@@ -52,15 +53,13 @@ def conversion_matrices(W0, A, B, inverse=None):
     """{"A": C_A (d, r), "B": C_B (d, r), "BA": C_BA (d, d)}, float64, of one layer or of a stack.
 
     For W0 (d_out, d_in), A (r, d_in), B (d_out, r):  W0 C_A = A^T,  W0 C_B = B,  W0 C_BA = B A,
-    by least squares if W0 is not invertible.
-    CondLoRA reads A from the columns of a rectangular W0: there W0^T C_A = A^T, C_A (d_out, r).
-    `inverse` is W0's, for callers that have it.
+    by least squares if W0 is not invertible. If it is rectangular, W0^T C_A = A^T, as condlora.py's
+    convert makes A; C_A is (d_out, r). `inverse` is W0's, for callers that have it.
     """
     W0, A, B = (torch.as_tensor(x).double() for x in (W0, A, B))
     if inverse is None:
         inverse, _, _ = inverse_of(W0)
-    square = W0.shape[-2] == W0.shape[-1]
-    C_A = (inverse if square else inverse.mT) @ A.mT
+    C_A = (inverse if W0.shape[-2] == W0.shape[-1] else inverse.mT) @ A.mT
     C_B = inverse @ B
     return {"A": C_A, "B": C_B, "BA": C_B @ A}
 
@@ -70,7 +69,7 @@ def subspace_similarity(X, Y, i, j, side="left"):
 
     The share of the span of X's first i singular vectors that lies in that of Y's first j, or, if
     i > j, the other way round. side: "left" or "right" singular vectors. Raises ValueError if X or
-    Y has no i-th or j-th singular vector, or if their vectors differ in length.
+    Y has no i-th or j-th singular vector, or if their lengths differ. (The tables use phi.)
     """
     X, Y = (torch.as_tensor(x).double() for x in (X, Y))
     if side not in ("left", "right"):
@@ -95,7 +94,7 @@ def thin_svd(P, Q):
     """U (..., m, r), S (..., r), V (..., n, r) of P Q, which is never formed: P (..., m, r)."""
     U, R = torch.linalg.qr(P)
     V, T = torch.linalg.qr(Q.mT)
-    u, S, vh = torch.linalg.svd(R @ T.mT, full_matrices=False)
+    u, S, vh = torch.linalg.svd(R @ T.mT, full_matrices=False)  # P Q = U (R T^T) V^T
     return U @ u, S, V @ vh.mT
 
 
@@ -133,17 +132,21 @@ class Target(NamedTuple):
         """What the main table compares: LoRA's conversion matrices, or CondLoRA's A^T and B."""
         return self.factors if self.thetas else self.conversions
 
-    def untrained(self, rng):
-        """The same layers with new factors; CondLoRA's come from one new pair of thetas.
+    @property
+    def matrices(self):  # {"A", "B", "C_A", "C_B"}
+        return self.factors | {f"C_{name}": C for name, C in self.conversions.items()}
 
-        A is uniform, as adapt has it; B is Gaussian, since zero spans nothing.
+    def untrained(self, rng):
+        """The same layers with new A and B, or in CondLoRA with those that new thetas make.
+
+        A or theta_A is uniform, as adapt has it; the other is Gaussian, since zero spans nothing.
         """
-        first, second = (x.shape for x in self.thetas or (self.A, self.B))  # what is trained
-        bound, device = 1 / math.sqrt(first[-1]), self.A.device
-        A = torch.empty(first, dtype=torch.float64).uniform_(-bound, bound, generator=rng)
-        A, B = A.to(device), gaussian(second, rng, device)
-        if self.thetas:  # A and B are thetas so far
-            A, B = convert(self.W0, A, B)
+        trained_A, trained_B = self.thetas or (self.A, self.B)
+        bound = 1 / math.sqrt(trained_A.shape[-1])  # kaiming_uniform_'s for a = sqrt(5)
+        new_A = torch.empty(trained_A.shape, dtype=torch.float64)
+        new_A = new_A.uniform_(-bound, bound, generator=rng).to(trained_A.device)
+        new_B = gaussian(trained_B.shape, rng, trained_B.device)
+        A, B = convert(self.W0, new_A, new_B) if self.thetas else (new_A, new_B)
         return self._replace(A=A, B=B)
 
 
@@ -156,57 +159,55 @@ def gaussian(shape, rng, device):
 def similarity_maps(matrices, A, i, j, side):
     """{"A", "B", "BA": phi of every pair of layers, (L, L)}, where BA is matrices["B"] @ A.
 
-    A map is left out if i or j is its vectors' length, so that phi is always 1; and BA's if it is
-    B's again, since all of BA's left singular vectors span what B's do.
+    Two kinds of map say nothing and are left out. If i = j = r, BA's left vectors span what B's do,
+    and its map is B's. If i or j is the vectors' length, they span everything, and phi is 1: so it
+    is for the right vectors of A and B, r of length r. By default, then, there are A and B.
     """
-    left, S, right = thin_svd(matrices["B"], A)
     vectors = {name: singular_vectors(matrices[name], side) for name in "AB"}
-    if not (side == "left" and i == j == S.shape[-1]):
+    left, S, right = thin_svd(matrices["B"], A)  # C_BA is C_B A, as BA is B A
+    if side == "right" or not i == j == S.shape[-1]:
         vectors["BA"] = left if side == "left" else right
-    return {name: phi(X[:, None], X[None], i, j) for name, X in vectors.items()
-            if max(i, j) < X.shape[-2]}
+    return {name: phi(X[:, None], X[None], i, j)  # (L, 1, ...) and (1, L, ...) give (L, L)
+            for name, X in vectors.items() if max(i, j) < X.shape[-2]}
 
 
 def similarity(target, i, j, side):
-    """{"A", "B", "BA": a row}: a dict of phi's mean over pairs of layers, and its baselines.
+    """{"A", "B", "BA": a row}, a row a dict. Its phis are means over pairs of layers:
 
-    trained     of target.compared; "map" has every pair of layers
-    control     (mean, sd) of untrained factors through the same W0; "control_map" their mean
-    random      (mean, sd) of Gaussian matrices of these shapes; of a product of two for BA
-    z           of trained, in sd of the control
-    raw         of A^T, B and B A themselves; raw_random, raw_z: as above, against Gaussian ones
+    trained     phi of target.compared
+    control     (mean, sd) of the same with untrained factors
+    random      (mean, sd) of Gaussian matrices of the same shapes
+    raw         phi of A^T, B and B A themselves, which in CondLoRA are what is compared
+    raw_random  (mean, sd) of Gaussian matrices of their shapes
+    z, raw_z    the z-score of trained against control, of raw against raw_random
 
-    Raises ValueError if no row is left.
+    "map" and "control_map" are (L, L), of trained and of the control's mean. Raises ValueError if
+    no row is left.
     """
-    rng, device = torch.Generator().manual_seed(0), target.W0.device
-
-    def maps_of(matrices, A):
-        return similarity_maps(matrices, A, i, j, side)
-
-    def noise(matrices):  # Gaussian matrices of these shapes
-        return {name: gaussian(x.shape, rng, device) for name, x in matrices.items()}
-
     compared, factors = target.compared, target.factors
+    maps_of = lambda matrices, A: similarity_maps(matrices, A, i, j, side)
     trained, raw = maps_of(compared, target.A), maps_of(factors, target.A)
-    names = [name for name in trained if name in raw]
+    names = [name for name in trained if name in raw]  # of a rectangular W0 they may differ
     if not names:
         raise ValueError(f"with --i {i} --j {j}, all directions, phi is 1 by definition: use less")
-    draws = {"control": [], "random": [], "raw_random": []}  # of maps_of
+    drawn = {"control": [], "random": [], "raw_random": []}  # maps
+    rng = torch.Generator().manual_seed(0)
+    noise = lambda x: gaussian(x.shape, rng, x.device)
     for _ in tqdm(range(DRAWS), "drawing baselines", leave=False, delay=1, disable=None):
         control = target.untrained(rng)
-        draws["control"].append(maps_of(control.compared, control.A))
-        A = gaussian(target.A.shape, rng, device)
-        draws["random"].append(maps_of(noise(compared), A))
-        draws["raw_random"].append(maps_of(noise(factors), A))
+        drawn["control"].append(maps_of(control.compared, control.A))
+        A = noise(target.A)
+        for kind, matrices in (("random", compared), ("raw_random", factors)):
+            drawn[kind].append(maps_of({name: noise(x) for name, x in matrices.items()}, A))
     rows = {}
     for name in names:
         row = {"trained": mean_of_pairs(trained[name]), "raw": mean_of_pairs(raw[name])}
-        for kind, drawn in draws.items():
-            row[kind] = mean_and_deviation(mean_of_pairs(phis[name]) for phis in drawn)
+        for kind, many in drawn.items():
+            row[kind] = mean_and_deviation([mean_of_pairs(phis[name]) for phis in many])
         row["z"] = z_score(row["trained"], row["control"])
         row["raw_z"] = z_score(row["raw"], row["raw_random"])
         row["map"] = trained[name].tolist()
-        row["control_map"] = torch.stack([phis[name] for phis in draws["control"]]).mean(0).tolist()
+        row["control_map"] = torch.stack([phis[name] for phis in drawn["control"]]).mean(0).tolist()
         rows[name] = row
     return rows
 
@@ -218,7 +219,7 @@ def mean_of_pairs(square):
 
 
 def mean_and_deviation(values):
-    values = torch.tensor(list(values), dtype=torch.float64)
+    values = torch.tensor(values, dtype=torch.float64)
     return values.mean().item(), values.std().item()
 
 
@@ -229,56 +230,58 @@ def z_score(value, baseline):
 
 
 def comparison(one, two, i, j):
-    """{matrix: phi between two adapters' layers, mean over layers, and its baselines}.
+    """{"A", "B", "C_A", "C_B": phi of one adapter's layer and the other's, mean over layers}.
 
-    The control is untrained factors, drawn separately for each side. Of A the right singular
-    vectors are compared, which are A^T's left ones; of the others the left.
+    Each row has "phi", and as (mean, sd) "control", of untrained factors, drawn separately for each
+    adapter, and "random", of Gaussian matrices.
     """
     rng = torch.Generator().manual_seed(2)
-    matrices_of = lambda target: target.factors | {
-        f"C_{name}": C for name, C in target.conversions.items()}
 
     def mean_phi(X, Y):  # (L, d, r) both
         return phi(singular_vectors(X, "left"), singular_vectors(Y, "left"), i, j).mean().item()
 
-    matrices, others = matrices_of(one), matrices_of(two)
-    controls = [[matrices_of(target.untrained(rng)) for target in (one, two)]
-                for _ in range(DRAWS)]
+    controls = [(one.untrained(rng).matrices, two.untrained(rng).matrices) for _ in range(DRAWS)]
     rows = {}
-    for name, X in matrices.items():
-        pairs = (gaussian((2, *X.shape), rng, X.device) for _ in range(DRAWS))  # (2, L, d, r)
-        rows[name] = {
-            "phi": mean_phi(X, others[name]),
-            "control": mean_and_deviation(mean_phi(x[name], y[name]) for x, y in controls),
-            "random": mean_and_deviation(mean_phi(*pair) for pair in pairs)}
+    for name, X in one.matrices.items():
+        control = [mean_phi(x[name], y[name]) for x, y in controls]
+        pairs = [gaussian((2, *X.shape), rng, X.device) for _ in range(DRAWS)]
+        random = [mean_phi(x, y) for x, y in pairs]
+        rows[name] = {"phi": mean_phi(X, two.matrices[name]),
+                      "control": mean_and_deviation(control), "random": mean_and_deviation(random)}
     return rows
 
 
 def amplification(target):
     """{"own", "random": one factor per layer}: ||dW|| / ||U^T W0 V|| (Hu et al. 2022, section 7.3).
 
-    U and V are dW's own singular vectors, or random ones. A large factor along its own says that dW
-    adds what W0 has little of.
+    U and V are dW's own singular vectors, or random ones, of which the mean ||U^T W0 V|| is taken.
+    A large factor along its own says that dW adds what W0 has little of.
     """
     rng = torch.Generator().manual_seed(1)
-    U, S, V = thin_svd(target.scale * target.B, target.A)
-    along = lambda U, V: (U.mT @ target.W0 @ V).flatten(1).norm(dim=1)
+    U_dW, S, V_dW = thin_svd(target.scale * target.B, target.A)
     L, d_out, d_in = target.W0.shape
-    basis = lambda d: torch.linalg.qr(gaussian((L, d, S.shape[1]), rng, S.device))[0]
-    random = sum(along(basis(d_out), basis(d_in)) for _ in range(DRAWS)) / DRAWS
-    return {"own": (S.norm(dim=1) / along(U, V)).nan_to_num().tolist(),
-            "random": (S.norm(dim=1) / random).nan_to_num().tolist()}
+
+    def norm_along(U, V):  # (L,)
+        return (U.mT @ target.W0 @ V).flatten(1).norm(dim=1)
+
+    def random_basis(d):  # (L, d, r)
+        return torch.linalg.qr(gaussian((L, d, S.shape[1]), rng, S.device))[0]
+
+    random = sum(norm_along(random_basis(d_out), random_basis(d_in)) for _ in range(DRAWS)) / DRAWS
+    norm = S.norm(dim=1)  # dW's
+    return {"own": (norm / norm_along(U_dW, V_dW)).nan_to_num().tolist(),
+            "random": (norm / random).nan_to_num().tolist()}
 
 
 def theta_deviation(target):
-    """Largest deviation of a conversion matrix from theta^T, relative to theta's largest entry."""
+    """How far C_A and C_B are from theta^T, relative to its largest entry; by rounding only."""
     C = target.conversions
     return max(((C[name] - theta.T).abs().max() / theta.abs().max()).item()
                for name, theta in zip("AB", target.thetas))
 
 
 def analyze(targets, others, i, j, side):
-    """Every number that is printed, as JSON takes it: tables by target, and the verdict."""
+    """Every number that is printed, as JSON takes it: {table: {target: ...}}, and the verdict."""
     result = {"layers": next(iter(targets.values())).numbers}
     for name, target in targets.items():
         # Infinity, a singular W0's, is not JSON: the largest number stands for it.
@@ -307,28 +310,24 @@ def flat(table):
 
 def verdict(table, is_condlora):
     """What training makes similar and what it does not: sentences, the finding first."""
-    names = lambda holds: ", ".join(name for name, row in flat(table) if holds(row))
-    # phi is about 1 if CondLoRA's adapter was exported to PEFT and is read back as LoRA.
-    is_same = lambda row: not is_condlora and row["trained"] > 0.99 and row["z"] > 3
-    same, shared = names(is_same), names(lambda row: row["raw"] > 0.99 and row["raw_z"] > 3)
-    more = names(lambda row: row["z"] > 3 and not is_same(row))
-    less = names(lambda row: row["z"] < -3)
-    raw = names(lambda row: row["raw_z"] > 3 and row["raw"] <= 0.99)
-    sentences = [
-        (same, f"All layers have the same conversion matrices, by construction: {same}."),
-        (same, "That is how CondLoRA makes A and B, not something training found."),
-        (more, f"Beyond the control by more than 3 sd: {more}."),
-        (more, "No other row exceeds its control by 3 sd."),
-        (not (same or more),
-         "No row exceeds its control by 3 sd: no similarity beyond what W0 produces."),
-        (less, f"Less similar than the control by more than 3 sd: {less}."),
-        (shared, f"All layers share one factor, by construction: {shared}."),
-        (raw and not is_condlora,
-         f"A and B themselves, without W0^-1, exceed random by more than 3 sd in: {raw}."),
-        (not (raw or shared or is_condlora),
-         "A and B themselves, without W0^-1, exceed random in no row by 3 sd."),
-    ]
-    return [sentence for holds, sentence in sentences if holds]
+    rows, sentences = dict(flat(table)), []
+    say = lambda start, names: sentences.append(f"{start}: {', '.join(names)}.")
+    beyond = lambda key, sign=1: [name for name in rows if sign * rows[name][key] > 3]
+    more, less, raw = beyond("z"), beyond("z", -1), beyond("raw_z")
+    # A CondLoRA adapter that was exported to PEFT is read as LoRA.
+    same = [] if is_condlora else [name for name in more if rows[name]["trained"] > 0.99]
+    more = [name for name in more if name not in same]
+    if same:
+        say("All layers have the same conversion matrices, by construction", same)
+    if more:
+        say("Beyond the control by more than 3 sd", more)
+    if not same and not more:
+        say("No row exceeds its control by 3 sd", ["no similarity beyond what W0 produces"])
+    if less:
+        say("Less similar than the control by more than 3 sd", less)
+    if not is_condlora:  # whose A and B are compared already
+        say("Without W0^-1, A and B exceed random by more than 3 sd", raw or ["nowhere"])
+    return sentences
 
 
 def print_tables(result, file, compared_file, verbose):
@@ -386,11 +385,12 @@ def plus_minus(pair):
 
 def read(file, init_from, device):
     """(task, method, {name: Target}) of a checkpoint, or of a folder that PEFT wrote."""
-    with reading(file):
+    with reading(file):  # errors name it
         if file.is_dir():
             if not init_from:
                 raise ValueError("say where the encoder of PEFT's adapter is with --init_from")
-            task, model = file.resolve().name, peft_format.read(file, pretrained.load(init_from))
+            task, method = file.resolve().name, "lora"
+            model = peft_format.read(file, pretrained.load(pretrained.find(init_from)))
         else:
             ckpt = checkpoint.load(file)
             task, method = ckpt["task"], ckpt["settings"]["method"]
@@ -402,13 +402,13 @@ def read(file, init_from, device):
         for name, layer in adapted_layers(model.double()).items():
             if name.startswith("layers."):  # a PEFT adapter's head has no second layer to compare
                 groups.setdefault(name.rpartition(".")[2], {})[name] = layer
-        bar = tqdm(groups.items(), "inverting W0", leave=False, delay=1, disable=None)
-        targets = {name: stacked(layers, device) for name, layers in bar}
-        numbers = {tuple(target.numbers) for target in targets.values()}
-        if len(numbers) != 1 or len(numbers.pop()) < 2:
+        targets = {name: stacked(layers, device) for name, layers in
+                   tqdm(groups.items(), "inverting W0", leave=False, delay=1, disable=None)}
+        numbers = [target.numbers for target in targets.values()]
+        if not numbers or len(numbers[0]) < 2 or any(other != numbers[0] for other in numbers):
             raise ValueError(f"each target must be adapted in the same layers, at least two; here "
                              f"it is {describe(targets) or 'none'}")
-    return task, layer.settings["method"], targets  # any layer's
+    return task, method, targets
 
 
 def stacked(layers, device):
@@ -420,15 +420,19 @@ def stacked(layers, device):
         return torch.stack(matrices).double().to(device)
 
     every = list(layers.values())
-    W0 = stack("W0", [layer.weight for layer in every])
-    factors = [layer.factors() for layer in every]
-    A, B = (stack("AB"[k], [pair[k] for pair in factors]) for k in (0, 1))
-    conversion, *others = {getattr(layer, "conversion", None) for layer in every}
-    if others:
+    conversions = {getattr(layer, "conversion", None) for layer in every}  # {None} in LoRA
+    if len(conversions) > 1:
         raise ValueError(f"{', '.join(layers):.100} have different thetas: name them by one target")
+    [conversion] = conversions
     thetas = (conversion.theta_A, conversion.theta_B) if conversion else ()
-    return Target([name.split(".")[1] for name in layers], W0, A, B, every[0].scale,
-                  tuple(theta.double().to(device) for theta in thetas), *inverse_of(W0))
+    W0 = stack("W0", [layer.weight for layer in every])
+    inverse, condition, is_exact = inverse_of(W0)
+    return Target(
+        numbers=[name.split(".")[1] for name in layers], W0=W0,
+        A=stack("A", [layer.factors()[0] for layer in every]),
+        B=stack("B", [layer.factors()[1] for layer in every]), scale=every[0].scale,
+        thetas=tuple(theta.double().to(device) for theta in thetas),
+        inverse=inverse, condition=condition, is_exact=is_exact)
 
 
 def run(argv):
@@ -480,7 +484,8 @@ def make_parser():
     add("--verbose", action="store_true", help="also show each layer's numbers")
     add("--json", type=Path, help="write every number to this file")
     add("--svg", type=Path, help="where the picture goes; default: next to the checkpoint")
-    add("--init_from", help="folder of the encoder, if it has moved; needed with a PEFT folder")
+    add("--init_from", help="the encoder, a folder or a name under data/models, if it has moved; "
+        "needed with a PEFT folder")
     add("--device", default="cpu", choices=["cpu"] + ["cuda"] * torch.cuda.is_available(),
         help="cpu (the default) or cuda; in float64 either way")
     return parser

@@ -8,10 +8,9 @@
     python train.py --eval_only ckpt.pt --predict FILE       # a label or a score for each line
 
 Protocol of the CondLoRA paper (Kim et al. 2024, section 4): a tenth of the training set is held
-out and chooses the epoch; GLUE's dev set, seen once at the end, is the test. To see how training
-works, read the first three parts: training, the task and the model, a run. The command line
-follows; the last part, "What makes it fast", wraps the same step: in float32 it computes the same,
-up to rounding.
+out and chooses the epoch; GLUE's dev set, seen once at the end, is the test. The first three parts
+of this file are how training works. The command line follows; the last part, "What makes it fast",
+wraps the same step, and in float32 computes the same, up to rounding.
 """
 
 import hashlib
@@ -20,9 +19,7 @@ import math
 import os
 import sys
 import time
-from argparse import Namespace
 from pathlib import Path
-from typing import NamedTuple
 
 # cuBLAS is deterministic only with this setting.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -36,11 +33,11 @@ import torch.distributed.nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from condlora import (METHODS, Conversion, adapt, adapted_layers, adapter_parameters, convert,
-                      copy_tensors, trained_tensors, unmerge)
+from condlora import (METHODS, adapt, adapted_layers, adapter_parameters, convert, copy_tensors,
+                      trained_tensors, unmerge)
 from data import checkpoint, glue, peft_format, pretrained, tokenizer, toy
 from data.batches import Encoded, by_width, shuffled
-from data.command import between, check_outputs, one_line, parser_of, reading
+from data.command import check_outputs, one_line, parser_of, reading
 from model import Transformer
 
 DATA = Path(__file__).resolve().parent / "data"
@@ -56,9 +53,12 @@ TOY = {"epochs": 14, "batch_size": 32,
        "lr": dict.fromkeys(METHODS, 5e-3) | {"lora": 4e-3, "full": 1e-3, "head": 1e-2}}
 GLUE = {"epochs": 20, "batch_size": 16,
         "lr": dict.fromkeys(METHODS, 1e-3) | {"full": 3e-5, "head": 2e-3}}
-# Options that a checkpoint does not store.
-NOT_KEPT = ("init_from", "device", "no_graphs", "out", "history", "resume", "eval_only", "predict",
-            "export")
+COUNT = 1, 10 ** 9
+LIMITS = {  # of options
+    "rank": COUNT, "epochs": COUNT, "batch_size": COUNT, "max_len": COUNT, "pretrain_steps": COUNT,
+    "patience": (0, 10 ** 9), "seed": (0, 2 ** 32 - 1), "warmup": (0, 1), "alpha": (1e-30, 1e30),
+    "lr": (1e-30, 1e30), "weight_decay": (0, 1e30), "grad_clip": (0, 1e30),
+}
 
 
 # Training ----------------------------------------------------------------------------------------
@@ -66,14 +66,12 @@ NOT_KEPT = ("init_from", "device", "no_graphs", "out", "history", "resume", "eva
 def train(model, forward, data, metrics, args, ckpt):
     """Train for args.epochs epochs, or to resume, for those that ckpt["history"] lacks.
 
-    forward  forward(*inputs) gives logits: the model, or what `prepare` makes of it
-    data     {name: Encoded} with "train" and "validation": texts as padded token ids, on the device
-    ckpt     the checkpoint, a dict (data/checkpoint.py). Each epoch adds its metrics to "history",
-             replaces the weights under "last" and the "optimizer"'s state, and, if it is the best
-             so far, "weights" and "best_epoch"
-
-    A batch is (rows, width, padded): the numbers of some rows of similar length, the width in
-    tokens to which they are cut, and whether any of them is shorter than that.
+    forward(*inputs) gives logits: it is the model, or what `prepare` makes of it. data["train"] and
+    data["validation"] are Encoded (data/batches.py), texts as padded token ids on the device. Their
+    batches are (rows, width, padded): the numbers of some rows of similar length, the width in
+    tokens to which they are cut, and whether any of them is shorter than that. ckpt is a checkpoint
+    (data/checkpoint.py), a dict. Each epoch appends to its "history", replaces "last" (the weights)
+    and "optimizer", and, if it is the best so far, "weights" and "best_epoch".
     """
     split, history = data["train"], ckpt["history"]
     device, n = split.labels.device, len(split.labels)
@@ -91,8 +89,7 @@ def train(model, forward, data, metrics, args, ckpt):
         if args.patience and history and epoch - best_of(history)["epoch"] > args.patience:
             break
         model.train()
-        # Reseed each epoch, so that a resumed run has the same dropout. Each process has its own
-        # dropout, but all have the same order of rows.
+        # Seeds by epoch, so that a resumed run is the same. Dropout is each process's own.
         dropout_seed = np.random.default_rng([args.seed, epoch, PROCESS]).integers(2 ** 63)
         torch.manual_seed(int(dropout_seed))
         order = shuffled(split.widths, args.batch_size, [args.seed, epoch])
@@ -113,13 +110,12 @@ def train(model, forward, data, metrics, args, ckpt):
         history.append({"epoch": epoch, "loss": loss, "seconds": seconds, "validation": scores})
         last = {name: p.detach().cpu().clone() for name, p in trained_tensors(model).items()}
         ckpt.update(last=last, optimizer=optimizer.state_dict()["state"])
-        is_best = best_of(history)["epoch"] == epoch
-        if is_best:
+        if best_of(history)["epoch"] == epoch:
             ckpt.update(best_epoch=epoch, weights=last)
         if IS_MASTER:
             checkpoint.save(ckpt, args.out)
             tqdm.write(f"epoch {epoch:2d}  loss {loss:.3f}  validation {text_of(scores)}"
-                       + "  * best" * is_best)
+                       + "  * best" * (ckpt["best_epoch"] == epoch))
             if args.history:
                 args.history.write_text("".join(json.dumps(line) + "\n" for line in history))
     bar.close()
@@ -247,13 +243,13 @@ def load_task(args, ckpt):
     rows = json.dumps([splits["train"], splits["validation"]]).encode()
     about = {"task": args.task, "classes": list(classes), "n_texts": len(splits["train"].texts[0]),
              "data": hashlib.sha256(rows).hexdigest()}
-    fixed = ("classes", "n_texts", "data") if args.resume else ("classes", "n_texts")
+    fixed = ["classes", "n_texts"] + ["data"] * bool(args.resume)  # other rows can be evaluated
     changed = [name for name in fixed if ckpt and ckpt[name] != about[name]]
     if changed:
         raise ValueError(f"{file} was trained on other rows of {args.task}: "
                          f"{', '.join(changed)} changed")
     if IS_MASTER and os.path.isabs(args.task) and glue.look_like_scores(classes):
-        print(f"the labels are {len(classes)} different numbers: are they scores? Add --regression")
+        print(f"{len(classes)} labels, all numbers: if they are scores, add --regression")
     return splits, metrics, about
 
 
@@ -342,8 +338,7 @@ def train_and_report(args, ckpt, device):
 
 def new_checkpoint(args, about, folder, model):
     """What a checkpoint holds before the first epoch: `train` adds weights and metrics."""
-    settings = {name: str(value) if isinstance(value, Path) else value
-                for name, value in vars(args).items() if name not in NOT_KEPT}
+    settings = {name: getattr(args, name) for name in checkpoint.SETTINGS}
     encoder = {"path": str(folder.resolve()), "sha256": checkpoint.sha256(folder)}
     return about | {"settings": settings, "encoder": encoder, "history": [],
                     "layers": list(adapted_layers(model))}
@@ -379,10 +374,10 @@ def report(args, model, ckpt, folder, scores, train_labels, device):
     if os.path.isabs(args.task) and classes:
         rows["classes"] = ", ".join(f"{name} ({train_labels.count(i)})"
                                     for i, name in enumerate(classes))
-    rows["method"] = args.method + (f", rank {args.rank}" if adapter else "")
-    rows["encoder"] = folder.resolve()
-    rows["trained parameters"] = (f"{trained:,} ({trained / encoder:.2%} of the encoder's "
-                                  f"{encoder:,}), and the head")
+    rows |= {"method": args.method + (f", rank {args.rank}" if adapter else ""),
+             "encoder": folder.resolve(),
+             "trained parameters": f"{trained:,} ({trained / encoder:.2%} of the encoder's "
+                                   f"{encoder:,}), and the head"}
     rows |= {name.replace("_", " "): text_of(values) for name, values in scores.items()}
     rows["best epoch"] = f"{ckpt['best_epoch']} of {len(history)}"
     if not args.eval_only:
@@ -402,85 +397,66 @@ def arguments(argv):
     """(options, the checkpoint that --resume or --eval_only names or None)
 
     A checkpoint's settings replace the defaults. What is typed must agree with them (--rank 4 is an
-    error, if it was trained with 8), but for a folder of data and, with --eval_only, --dtype.
+    error, if it was trained with 8), but for the data's folder and, with --eval_only, --dtype.
     """
     parser = make_parser()
     args = parser.parse_args(argv)
-    file = args.resume or args.eval_only
+    file, ckpt, settings = args.resume or args.eval_only, None, {}
     if (args.predict is not None or args.export) and (not args.eval_only or PROCESSES > 1):
         raise ValueError("--predict and --export use a trained model, in one process: name it "
                          "with --eval_only")
-    if not file:
-        return args, None
-    ckpt = checkpoint.load(file)
-    with reading(file):
-        trained = parser.parse_args(as_typed(ckpt["settings"], vars(args).keys() - set(NOT_KEPT)))
-    args = parser.parse_args(argv, Namespace(**vars(trained) | {"out": file}))
-    may_change = {*NOT_KEPT, "data_dir", *["dtype"] * bool(args.eval_only)}
-    if os.path.isabs(args.task) and os.path.isabs(trained.task):  # one's own data
-        may_change.add("task")
-    for name, value in vars(trained).items():
-        given = getattr(args, name)
-        if given != value and name not in may_change:
-            raise ValueError(f"--{name} {given} contradicts {file}, trained with {value}: "
-                             f"leave it out")
+    if file:
+        ckpt = checkpoint.load(file)
+        settings = {name: ckpt["settings"][name] for name in checkpoint.SETTINGS}
+        parser.set_defaults(**settings, out=file)
+        args = parser.parse_args(argv)
+    are_folders = os.path.isabs(args.task) and os.path.isabs(settings.get("task", ""))
+    may_change = {"data_dir": True, "task": are_folders, "dtype": args.eval_only}
+    for name, value in settings.items():
+        if getattr(args, name) != value and not may_change.get(name):
+            raise ValueError(f"--{name} {getattr(args, name)} contradicts {file}, trained with "
+                             f"{value}: leave it out")
+    with reading(file):  # errors name it, if there is one
+        for name, (low, high) in LIMITS.items():
+            value = getattr(args, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"--{name} is {value}, which is not from {low} to {high}")
     return args, ckpt
 
 
-def as_typed(settings, names):
-    """A checkpoint's settings of these names as words of a command line, for the parser to check.
-
-    {"rank": 8, "targets": ["query"], "regression": True, "patience": None} gives
-    ["--rank=8", "--targets", "query", "--regression"].
-    """
-    words = []
-    for name, value in settings.items():
-        if name not in names or value is None or value is False:
-            continue
-        words += (["--targets", *value] if name == "targets" else
-                  [f"--{name}"] if value is True else [f"--{name}={value}"])
-    return words
-
-
 def make_parser():
-    parser, positive = parser_of(__doc__, "train.py [options]"), between(float, 1e-30, 1e30)
-    add, count = parser.add_argument, between(int, 1, 10 ** 9)
+    parser = parser_of(__doc__, "train.py [options]")
+    add = parser.add_argument
     add("--task", default="toy", type=task_name, help="toy (made up, needs no files; the "
         f"default), GLUE's {', '.join(glue.TASKS)}, or a folder of yours with train.tsv and "
         "perhaps dev.tsv, whose first line is text (or text1, text2) and label")
     add("--regression", action="store_true", help="your own data's labels are numbers, not classes")
     add("--method", default="condlora", choices=(*METHODS, "full", "head"),
-        help="what trains with the head: an adapter of lora, condlora, or condlora's controls "
-        "tied (one A and B for all layers) and random (random matrices in W0's place); every "
-        "weight (full fine-tuning: full); or nothing (head); default: condlora")
+        help="what trains with the head: lora, condlora, or its controls tied (one A and B for all "
+        "layers) and random (random matrices for W0); every weight (full); or nothing (head)")
     add("--init_from", help="pretrained encoder: a folder, or a name under data/models; default: "
         "the toy encoder, or roberta-base")
-    add("--data_dir", default=DATA / "glue", type=lambda text: Path(text).resolve(),
+    add("--data_dir", default=str(DATA / "glue"), type=os.path.abspath,
         help="folder with GLUE's CoLA, SST-2, ...; default: data/glue")
-    add("--rank", type=count, default=8, help="r, the adapter's rank; default: 8")
-    add("--alpha", type=positive, default=8.0, help="dW is scaled by alpha / rank; default: 8")
+    add("--rank", type=int, default=8, help="r, the adapter's rank; default: 8")
+    add("--alpha", type=float, default=8.0, help="dW is scaled by alpha / rank; default: 8")
     add("--targets", nargs="+", default=["query", "value"],
         help="linear layers to adapt, of query, key, value, out, fc1, fc2; default: query value")
-    add("--lr", type=positive, help="highest learning rate; default: 5e-3 (toy) or 1e-3 (GLUE) for "
-        "condlora, other rates for other methods")
-    add("--epochs", type=count, help="default: toy 14, GLUE 20")
-    add("--batch_size", type=count, help="default: toy 32, GLUE 16")
-    add("--max_len", type=count, default=128, help="longest input, in tokens; default: 128")
-    add("--warmup", type=between(float, 0, 1), default=0.1,
+    add("--lr", type=float, help="highest learning rate; default for condlora: toy 5e-3, GLUE 1e-3")
+    add("--epochs", type=int, help="default: toy 14, GLUE 20")
+    add("--batch_size", type=int, help="default: toy 32, GLUE 16")
+    add("--max_len", type=int, default=128, help="longest input, in tokens; default: 128")
+    add("--warmup", type=float, default=0.1,
         help="fraction of the steps in which the rate rises; then it falls to 0; default: 0.1")
-    add("--weight_decay", type=between(float, 0, 1e30), default=0.1, help="AdamW's; default: 0.1")
-    add("--grad_clip", type=between(float, 0, 1e30), default=1.0,
-        help="largest global norm of the gradient, 0 for no clipping; default: 1")
-    add("--patience", type=count, help="stop after so many epochs without a better score")
-    add("--seed", type=between(int, 0, 2 ** 32 - 1), default=0,
-        help="the same seed on the same machine gives the same results (not on mps); default: 0")
+    add("--weight_decay", type=float, default=0.1, help="AdamW's; default: 0.1")
+    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient, 0: no limit")
+    add("--patience", type=int, default=0, help="stop after so many epochs without gain; 0: never")
+    add("--seed", type=int, default=0, help="same seed, same results (not on mps); default: 0")
     add("--device", help="cuda, cpu or mps; default: the best available")
     add("--dtype", choices=("float32", "bfloat16"), help="of the computation; what trains stays "
         "float32. Default: bfloat16 on cuda, else float32")
-    add("--pretrain_steps", type=count, default=1500,
-        help="of the toy encoder, if it does not exist yet; default: 1500")
-    add("--no_graphs", action="store_true",
-        help="on cuda, launch every kernel of every step instead of replaying CUDA graphs")
+    add("--pretrain_steps", type=int, default=1500, help="of the toy encoder; default: 1500")
+    add("--no_graphs", action="store_true", help="on cuda, launch each kernel, without CUDA graphs")
     add("--out", default=Path("ckpt.pt"), type=Path, help="checkpoint to write; default: ckpt.pt")
     add("--history", type=Path, metavar="FILE", help="also write a line of JSON for each epoch")
     earlier = parser.add_mutually_exclusive_group()
@@ -489,8 +465,8 @@ def make_parser():
     earlier.add_argument("--eval_only", type=Path, metavar="CKPT",
                          help="report this checkpoint's scores instead of training")
     use = parser.add_mutually_exclusive_group()
-    use.add_argument("--predict", metavar="FILE", help="with --eval_only: for each line of a file, "
-                     "or of standard input (-), print a label and its probability; two texts are "
+    use.add_argument("--predict", metavar="FILE", help="with --eval_only: print a label and its "
+                     "probability for each line of a file or of standard input (-); two texts are "
                      "separated by a tab")
     use.add_argument("--export", type=Path, metavar="FOLDER",
                      help="with --eval_only: write the adapter and the head as PEFT reads them")
@@ -547,11 +523,10 @@ def main(argv=None):
 def prepare(model, args, device):
     """forward(*inputs) that gives the model's logits fast; changes the model in place.
 
-    float32 on a CPU            the model as it is
-    float32 on CUDA             with_summed_weights
-    bfloat16                    the same, and what is frozen is bfloat16, but for the W0 to which an
-                                update is added: those and all that trains remain float32
-    bfloat16, --method full     autocast: all is float32 and trains
+    float32 on a CPU          the model as it is
+    float32 on CUDA           with_summed_weights
+    bfloat16                  the same, with all in bfloat16 that is neither trained nor adapted
+    bfloat16, --method full   autocast, since all is trained
     """
     bfloat16 = args.dtype == "bfloat16"
     if device.type == "cuda":  # TF32 for the head, all else being bfloat16
@@ -571,30 +546,25 @@ def prepare(model, args, device):
     return model
 
 
-class Stack(NamedTuple):
-    """Adapted layers whose W0 + dW are computed at once: of one shape and, if any, one Conversion."""
-
-    layers: list  # of L layers, whose weights are views of W0
-    W0: torch.Tensor  # (L, d_out, d_in), float32
-    conversion: Conversion | None  # None in LoRA
-    M: torch.Tensor | None  # the layers' M, (L, d_out, d_in); None in LoRA and for "tied"
-
-
 def stacks_of(model, dtype):
-    """The model's adapted layers as Stacks, whose M are in `dtype`."""
+    """[(layers, W0, conversion, M)], for the adapted layers of each shape and Conversion.
+
+    W0 (L, d_out, d_in) is float32, and the L layers' weights are views of it from now on, so that
+    none is held twice. M is the layers' M in `dtype`, (L, d_out, d_in). It is None for "tied"; in
+    LoRA so is the Conversion.
+    """
     groups = {}
     for layer in adapted_layers(model).values():
         key = layer.weight.shape, getattr(layer, "conversion", None)
         groups.setdefault(key, []).append(layer)
     stacks = []
     for (_, conversion), layers in groups.items():
-        W0 = torch.stack([layer.weight.detach() for layer in layers])
+        W0, M = torch.stack([layer.weight.detach() for layer in layers]), None
         for layer, weight in zip(layers, W0):
-            layer.weight.data = weight  # a view, so that no W0 is held twice
-        M = None
+            layer.weight.data = weight
         if conversion and layers[0].M is not None:
             M = torch.stack([layer.M.detach() for layer in layers]).to(dtype)
-        stacks.append(Stack(layers, W0, conversion, M))
+        stacks.append((layers, W0, conversion, M))
     return stacks
 
 
@@ -602,8 +572,7 @@ def with_summed_weights(model, dtype):
     """forward(*inputs) in which an adapted layer computes x (W0 + dW)^T: one product, not three.
 
     The thin products with A and B are memory-bound on a GPU. Here a few products give every layer's
-    B A, in `dtype`. W0 + dW is summed in float32, where small updates are not lost, then rounded to
-    `dtype`.
+    B A, in `dtype`. W0 + dW is summed in float32, where small updates are not lost, then rounded.
     """
     stacks = stacks_of(model, dtype)
 

@@ -14,12 +14,18 @@ from . import pretrained, tokenizer
 from .command import reading, write
 
 # The entries of a checkpoint. Once training has ended, it also has "results": {split: metrics}.
+SETTINGS = {  # train.py's options
+    "task": str, "regression": bool, "data_dir": str, "max_len": int, "pretrain_steps": int,
+    "method": str, "targets": [str], "rank": int, "alpha": float, "lr": float, "epochs": int,
+    "batch_size": int, "warmup": float, "weight_decay": float, "grad_clip": float, "patience": int,
+    "seed": int, "dtype": ("float32", "bfloat16"),
+}
 FORMAT = {
     "task": str,  # its name or its folder
     "classes": [str],  # none: a regression
     "n_texts": int,  # sentences a row
     "data": str,  # the SHA-256 of the training and validation texts and labels
-    "settings": {"method": str, "targets": [str], "rank": int, "seed": int, "regression": bool},
+    "settings": SETTINGS,
     "encoder": {"path": str, "sha256": str},  # the folder; sha256() of it
     "layers": [str],  # the names of the adapted layers
     "history": [{"epoch": int, "loss": float, "seconds": float, "validation": {str: float}}],
@@ -54,9 +60,11 @@ def load(file):
 
 
 def fits(value, kind):
-    """Whether a value has the types of FORMAT: a type, [of each], {name: its} or {type: its}."""
+    """Whether a value is of a kind: a type, (texts), [of each], {name: its} or {type: its}."""
     if isinstance(kind, type):
         return type(value) is kind
+    if isinstance(kind, tuple):
+        return type(value) is str and value in kind
     if isinstance(kind, list):
         return type(value) is list and all(fits(item, kind[0]) for item in value)
     return type(value) is dict and all(

@@ -18,16 +18,6 @@ def parser_of(doc, usage=None):
     return parser
 
 
-def between(kind, low, high):
-    """A type for a parser: an int or a float in a range."""
-    def number(text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text!r:.40} is not from {low} to {high}")
-        return kind(text)
-    number.__name__ = kind.__name__  # argparse says "invalid int value" if kind(text) fails
-    return number
-
-
 @contextmanager
 def one_line(program, stopped="stopped"):
     """A mistake in this block ends the program with a line on standard error and exit status 2."""
