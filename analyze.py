@@ -181,8 +181,7 @@ def similarity(target, i, j, side):
     raw_random  (mean, sd) of Gaussian matrices of their shapes
     z, raw_z    the z-score of trained against control, of raw against raw_random
 
-    "map" and "control_map" are (L, L), of trained and of the control's mean. Raises ValueError if
-    no row is left.
+    "map" and "control_map" are (L, L): trained, and the control's mean. ValueError without a row.
     """
     compared, factors = target.compared, target.factors
     maps_of = lambda matrices, A: similarity_maps(matrices, A, i, j, side)

@@ -80,9 +80,6 @@ class AdaptedLinear(nn.Linear):
             wide = torch.promote_types(A.dtype, torch.float32)
             return self.scale * B.to(wide) @ A.to(wide)
 
-    def extra_repr(self):  # for print(model)
-        return f"{super().extra_repr()}, {self.settings}"
-
 
 class LoRALinear(AdaptedLinear):
     """Owns A (r, d_in) and B (d_out, r). B starts at zero, and so does dW."""

@@ -88,8 +88,7 @@ class Layer(nn.Module):
     def forward(self, x, context, mask):
         """New states (B, t, d) of the positions x (B, t, d), which attend to context (B, T, d).
 
-        x is context; but the last layer computes only the first position, since the head reads no
-        other.
+        x is context; but the last layer computes only the first position, which the head reads.
         """
         # Post-layer-norm: each norm comes after the sum.
         x = self.norm1(x + self.dropout(self.attention(x, context, mask)))
@@ -194,8 +193,7 @@ class Transformer(nn.Module):
         """
         T = input_ids.shape[1]
         if T > self.config.max_len:
-            raise ValueError(f"{T} tokens are more than the {self.config.max_len} positions of the "
-                             f"model")
+            raise ValueError(f"{T} tokens are more than the model's {self.config.max_len}")
         x = self.embeddings(input_ids, token_type_ids)
         mask = self.score_mask(T, attention_mask, x)
         *layers, last = self.layers

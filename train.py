@@ -466,8 +466,7 @@ def make_parser():
                          help="report this checkpoint's scores instead of training")
     use = parser.add_mutually_exclusive_group()
     use.add_argument("--predict", metavar="FILE", help="with --eval_only: print a label and its "
-                     "probability for each line of a file or of standard input (-); two texts are "
-                     "separated by a tab")
+                     "probability for each line of a file, or of - (standard input)")
     use.add_argument("--export", type=Path, metavar="FOLDER",
                      help="with --eval_only: write the adapter and the head as PEFT reads them")
     return parser

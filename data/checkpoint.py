@@ -13,13 +13,13 @@ from condlora import copy_tensors, trained_tensors
 from . import pretrained, tokenizer
 from .command import reading, write
 
-# The entries of a checkpoint. Once training has ended, it also has "results": {split: metrics}.
 SETTINGS = {  # train.py's options
     "task": str, "regression": bool, "data_dir": str, "max_len": int, "pretrain_steps": int,
     "method": str, "targets": [str], "rank": int, "alpha": float, "lr": float, "epochs": int,
     "batch_size": int, "warmup": float, "weight_decay": float, "grad_clip": float, "patience": int,
     "seed": int, "dtype": ("float32", "bfloat16"),
 }
+# The entries of a checkpoint. Once training has ended, it also has "results": {split: metrics}.
 FORMAT = {
     "task": str,  # its name or its folder
     "classes": [str],  # none: a regression
@@ -53,9 +53,8 @@ def load(file):
         for name, kind in FORMAT.items():
             if not fits(checkpoint, {name: kind}):
                 raise ValueError(f"not a checkpoint of train.py: {name!r} is missing or damaged")
-        for epoch in checkpoint["history"]:
-            if not epoch["validation"] or not epoch["seconds"] > 0:
-                raise ValueError(f"its history is damaged at epoch {epoch['epoch']}")
+        if not all(epoch["validation"] and epoch["seconds"] > 0 for epoch in checkpoint["history"]):
+            raise ValueError("its history is damaged")
     return checkpoint
 
 

@@ -41,10 +41,10 @@ def one_line(program, stopped="stopped"):
 
 @contextmanager
 def reading(file):
-    """Whatever goes wrong in this block is one ValueError that names `file`.
+    """Whatever goes wrong in this block becomes a ValueError that names `file`, in one short line.
 
-    It quotes the error's first line, in at most 200 characters. FileNotFoundError passes, and so
-    does a ValueError that begins with the file's name; if `file` is None, everything.
+    FileNotFoundError passes, and so does a ValueError that begins with the file's name. If `file`
+    is None, everything passes.
     """
     try:
         yield
@@ -75,8 +75,8 @@ def write(file, data):
 def check_outputs(outputs):
     """Raise ValueError now if `write` could not write one of {option: (file or None, mark)} later.
 
-    A file that exists is replaced if it is empty or of the same kind: its first 100 bytes contain
-    `mark`. Files of a pretrained model's folder are never replaced.
+    Only a file that is empty or has `mark` in its first 100 bytes is replaced, and none in a
+    pretrained model's folder.
     """
     taken = set()
     for option, (file, mark) in outputs.items():
@@ -85,8 +85,8 @@ def check_outputs(outputs):
         reason = "it is also another output" if file.resolve() in taken else None
         taken.add(file.resolve())
         try:
-            start = file.open("rb").read(100) if file.is_file() else None
-            is_ours = start == b"" or (start and mark in start)
+            start = file.open("rb").read(100) if file.is_file() else b"other"
+            is_ours = not start or mark in start
             if file.exists() and (not is_ours or any(file.parent.glob("*config.json"))):
                 reason = "it is another kind of file, or part of a model's folder"
             partial_of(file).write_bytes(b"")

@@ -1,8 +1,7 @@
 """Fetch GLUE tasks into data/glue/ and pretrained encoders into data/models/.
 
     python data/download.py rte cola        # GLUE: cola sst2 mrpc stsb qqp mnli qnli rte wnli
-    python data/download.py roberta-base    # a RoBERTa, BERT or MPNet model of the Hugging Face hub
-    python data/download.py owner/name      # any other such model
+    python data/download.py roberta-base    # or owner/name: RoBERTa, BERT or MPNet on Hugging Face
 
 What exists is not fetched again. Models come from huggingface.co, or from $HF_ENDPOINT. GLUE's MRPC
 is put together from SentEval's copy of its sentences and GLUE's list of the pairs in its dev set.
@@ -56,23 +55,23 @@ def get(name, data=DATA):
 def hub_model(name, folder):
     """Fill `folder` with the model's configuration, tokenizer and weights."""
     base = f"{os.environ.get('HF_ENDPOINT', HUB).rstrip('/')}/{name}/resolve/main"
-    pretrained.read_config(fetch_or_fail(f"{base}/config.json", folder))  # or it raises ValueError
-    found = {file for file in tokenizer.FILES if fetch(f"{base}/{file}", folder)}
+    pretrained.read_config(fetch(f"{base}/config.json", folder))  # or it raises ValueError
+    found = {file for file in tokenizer.FILES if fetch(f"{base}/{file}", folder, needed=False)}
     if not found & {"tokenizer.json", "vocab.txt"} and not found >= {"vocab.json", "merges.txt"}:
         raise OSError(f"{name} has no tokenizer.json, vocab.txt, or vocab.json with merges.txt")
-    any(fetch(f"{base}/{file}", folder) for file in pretrained.WEIGHTS)  # the first that exists
+    any(fetch(f"{base}/{file}", folder, needed=False) for file in pretrained.WEIGHTS)  # one of them
     pretrained.weights_file(folder)  # or it raises FileNotFoundError
 
 
 def glue_task(task, folder):
     """Fill `folder` with the task's train.tsv, dev.tsv and so on."""
     if task == "mrpc":
-        sentences = fetch_or_fail(f"{SENTEVAL}/msr_paraphrase_train.txt", folder)
-        dev_ids = fetch_or_fail(f"{GLUE}/mrpc_dev_ids.tsv", folder)
+        sentences = fetch(f"{SENTEVAL}/msr_paraphrase_train.txt", folder)
+        dev_ids = fetch(f"{GLUE}/mrpc_dev_ids.tsv", folder)
         split_mrpc(sentences, dev_ids, folder)
         return
     inside = glue.TASKS[task].folder
-    archive = fetch_or_fail(f"{GLUE}/{ARCHIVES.get(task, inside)}.zip", folder)
+    archive = fetch(f"{GLUE}/{ARCHIVES.get(task, inside)}.zip", folder)
     with reading(archive.name), zipfile.ZipFile(archive) as zipped:
         zipped.extractall(folder)  # which keeps every member inside `folder`
         for file in list((folder / inside).iterdir()):
@@ -93,8 +92,8 @@ def split_mrpc(sentences, dev_ids, folder):
         (folder / f"{name}.tsv").write_text("\n".join(lines) + "\n", "utf-8", newline="\n")
 
 
-def fetch(url, folder):
-    """Download `url` into `folder`; its file, None if the server lacks it, or OSError."""
+def fetch(url, folder, needed=True):
+    """Download `url` into `folder`: its file; None if it is not needed and the server lacks it."""
     if not url.startswith(("https://", "http://")):  # urllib would follow file:// and data:
         raise OSError(f"{url:.100} begins with neither https:// nor http://")
     file = folder / url.rpartition("/")[2]
@@ -106,16 +105,12 @@ def fetch(url, folder):
                 bar.update(blocks * size - bar.n)
             urllib.request.urlretrieve(url, file, progress)
     except (OSError, http.client.HTTPException) as error:
-        if getattr(error, "code", None) in (401, 403, 404):
-            return None  # the hub answers 401 if it has no such repository
+        if getattr(error, "code", None) in (401, 403, 404):  # 401: the hub has no such repository
+            if not needed:
+                return None
+            raise OSError(f"{url} not found: check the name") from None
         reason = " ".join((str(error) or repr(error)).split())[:150]
         raise OSError(f"{url}: {reason}; check the connection and run the command again") from None
-    return file
-
-
-def fetch_or_fail(url, folder):
-    if not (file := fetch(url, folder)):
-        raise OSError(f"{url} not found: check the name")
     return file
 
 

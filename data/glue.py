@@ -1,7 +1,6 @@
 """GLUE (Wang et al. 2019, arXiv:1804.07461) and data of your own: TSV files, and their metrics.
 
     splits = load("rte", "data/glue")          # reads data/glue/RTE/train.tsv and dev.tsv
-    splits["train"].texts[0], splits["train"].labels[0]
     metrics("rte", predictions, labels)        # {"accuracy": ...}
 
 GLUE does not publish its test labels. As in the CondLoRA paper, a fixed tenth of the training file
@@ -192,8 +191,7 @@ def metrics(task, predictions, labels):
     """
     predictions, labels = np.asarray(predictions), np.asarray(labels)
     if predictions.shape != labels.shape or predictions.ndim != 1 or not len(labels):
-        raise ValueError(f"predictions of shape {predictions.shape} "
-                         f"for labels of shape {labels.shape}")
+        raise ValueError(f"{predictions.shape} predictions for {labels.shape} labels")
     return find_task(task).metrics(predictions, labels)
 
 

@@ -9,7 +9,7 @@ import json
 import math
 from pathlib import Path
 
-from condlora import adapt, adapted_layers, copy_tensors, trained_tensors
+from condlora import adapt, adapted_layers, copy_tensors, settings_of, trained_tensors
 
 from .command import reading, write
 from .pretrained import hf_name, read_safetensors, write_safetensors
@@ -46,16 +46,11 @@ def export(model, encoder, folder):
             tensors[f"{BASE}{name}.lora_{letter}.weight"] = factor
     for name, parameter in model.head.named_parameters():
         tensors[BASE + hf_name(f"head.{name}", kind)] = parameter
+    shared = settings_of(model)
     settings = {
-        "peft_type": "LORA",
-        "task_type": "SEQ_CLS",
-        "base_model_name_or_path": str(Path(encoder).resolve()),
-        "inference_mode": True,
-        "r": layer.settings["rank"],  # the last layer's, and so all layers'
-        "lora_alpha": layer.settings["alpha"],
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "target_modules": list(layers),
+        "peft_type": "LORA", "task_type": "SEQ_CLS", "inference_mode": True, "bias": "none",
+        "base_model_name_or_path": str(Path(encoder).resolve()), "target_modules": list(layers),
+        "r": shared["rank"], "lora_alpha": shared["alpha"], "lora_dropout": 0.0,
         "modules_to_save": ["pooler", "classifier"] if kind == "bert" else ["classifier"],
     }
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
@@ -68,8 +63,7 @@ def export(model, encoder, folder):
 def read(folder, model):
     """Adapt `model` in place with A and B, but not head or biases, of PEFT's LoRA; returns it.
 
-    Raises FileNotFoundError or ValueError, naming the setting or the tensor, if that is not plain
-    LoRA of this encoder with one rank, or if it changes W0 itself.
+    Raises FileNotFoundError, or ValueError if it is not plain LoRA of this encoder with one rank.
     """
     folder, kind = Path(folder), model.config.model_type
     config, file = folder / "adapter_config.json", folder / "adapter_model.safetensors"
@@ -100,8 +94,7 @@ def read(folder, model):
         for name in tensors:
             is_head = name.startswith(("classifier.", "pooler."))
             if ".lora_" in name or not (is_head or name.endswith(".bias")):
-                raise ValueError(f"it has {name:.80}, which plain LoRA of this encoder, a {kind}, "
-                                 f"does not have")
+                raise ValueError(f"it has {name:.80}, unlike plain LoRA of this encoder, a {kind}")
         if not factors:
             raise ValueError(f"it adapts no layer of this encoder, a {kind}")
         layers = {name.rpartition(".")[0] for name in factors}

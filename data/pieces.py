@@ -1,5 +1,4 @@
-"""WordPiece and byte-level BPE: both split a text into words by fixed rules, then each word into
-pieces by a learned vocabulary, which data/tokenizer.py reads.
+"""WordPiece and byte-level BPE split a text into words by rules, and words into learned pieces.
 
 WordPiece is BERT's and MPNet's (Wu et al. 2016, arXiv:1609.08144), byte-level BPE is RoBERTa's
 (Radford et al. 2019). A few characters newer than Unicode 8 split otherwise in Hugging Face's.

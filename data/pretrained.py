@@ -19,15 +19,11 @@ from .command import reading, write
 # Our names and theirs, by parts. No replacement contains another name, so order does not matter:
 # "attention.out." has a dot, else it would also match "attention.output".
 NAMES = {
-    "embeddings.norm": "embeddings.LayerNorm",
-    "embeddings.word": "embeddings.word_embeddings",
+    "embeddings.norm": "embeddings.LayerNorm", "embeddings.word": "embeddings.word_embeddings",
     "embeddings.position": "embeddings.position_embeddings",
     "embeddings.token_type": "embeddings.token_type_embeddings",
-    "relative_bias": "encoder.relative_attention_bias",
-    "layers.": "encoder.layer.",
-    "fc1": "intermediate.dense",
-    "fc2": "output.dense",
-    "norm2": "output.LayerNorm",
+    "relative_bias": "encoder.relative_attention_bias", "layers.": "encoder.layer.",
+    "fc1": "intermediate.dense", "fc2": "output.dense", "norm2": "output.LayerNorm",
 }
 ATTENTION = {  # BERT's and RoBERTa's, MPNet's
     "attention.query": ("attention.self.query", "attention.attn.q"),
@@ -140,8 +136,8 @@ def find(name):
     for folder in (Path(name), models / name):
         if folder.is_dir():
             return folder
-    raise FileNotFoundError(f"no folder {name}, here or under {models}. Run `python "
-                            f"data/download.py NAME` to fetch a model.")
+    raise FileNotFoundError(f"no folder {name}, here or under {models}. `python data/download.py "
+                            f"NAME` fetches a model.")
 
 
 WEIGHTS = "model.safetensors", "pytorch_model.bin"

@@ -6,8 +6,7 @@
 A noun has a kind (here 1); verbs and adjectives go with the nouns of one kind; determiner and verb
 agree with the noun in number (0). Each noun has a synonym (noun11a, noun11b), and each kind a name
 (kind1). The corpus is texts of two sentences, of which the second says again who does what in the
-first, perhaps with the noun's synonym or the kind's name. So an encoder that fills in masked words
-learns kinds, number and synonyms, and nothing in it is tuned to the task.
+first, perhaps with the noun's synonym or the kind's name: filling in masked words teaches these.
 
 The task is like RTE. A second sentence that is not entailed has another noun of the same kind or
 another verb. That sentence alone gives 57%, since a true one has a kind's name more often.
@@ -26,9 +25,8 @@ from .glue import Split
 
 ROWS = {"train": slice(6000), "validation": slice(6000, 6500), "test": slice(6500, 8500)}
 KINDS = range(4)
-NUMBERS = range(2)  # 0 singular, 1 plural
-CONCEPTS = range(2)  # nouns of a kind, each with a synonym
-VERBS = range(2)  # of a kind
+# Singular and plural; the nouns of a kind, each with a synonym; the verbs of a kind.
+NUMBERS = CONCEPTS = VERBS = range(2)
 
 
 def vocabulary():
@@ -88,8 +86,7 @@ class Speaker:
 
 
 def load():
-    """{"train", "validation", "test"} of Splits, labels 1 (true) and 0. No example appears twice.
-    """
+    """{"train", "validation", "test"} of Splits, labels 1 (true) and 0; no example is in two."""
     speaker, examples = Speaker(seed=[1, 0]), {}  # pretrain has another seed
     while len(examples) < ROWS["test"].stop:
         label = speaker.one_of((0, 1))
@@ -100,8 +97,7 @@ def load():
 
 # The encoder -------------------------------------------------------------------------------------
 
-# BERT's initializer_range 0.02 is for d = 768. With it, at d = 64, attention would take 1,500 steps
-# to become useful.
+# BERT's initializer_range, 0.02, is for d = 768: at d = 64 attention would long remain useless.
 CONFIG = Config(vocab_size=len(vocabulary()), hidden_size=64, num_hidden_layers=4,
                 num_attention_heads=4, intermediate_size=256, max_position_embeddings=32,
                 hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, initializer_range=0.1)
@@ -129,7 +125,7 @@ def pretrain(config, tok, steps, device):
     bar = tqdm(range(steps), what, disable=None)  # a bar on a terminal, else one line
     if bar.disable:
         print(f"{what}: {steps} steps", flush=True)
-    for step in bar:
+    for _ in bar:
         [batch] = encoded.batches([rng.integers(len(encoded.widths), size=64)])
         (input_ids, token_type_ids, mask), _ = encoded.batch(*batch)
         is_word = (input_ids != tok.pad_id) & (input_ids != tok.cls_id) & (input_ids != tok.sep_id)
@@ -142,6 +138,4 @@ def pretrain(config, tok, steps, device):
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % 50 == 0:
-            bar.set_postfix(loss=f"{loss.item():.3f}")
     return model

@@ -474,7 +474,7 @@ def test_a_peft_adapter_is_analysed_as_the_checkpoint_that_it_was_exported_from(
     tensors = read_safetensors(tmp_path / "peft/adapter_model.safetensors")
     word = {"base_model.model.bert.embeddings.word_embeddings.weight": torch.ones(2, 2)}
     write_safetensors(tmp_path / "peft/adapter_model.safetensors", tensors | word)
-    assert "it has embeddings.word_embeddings.weight, which plain" in fails(
+    assert "it has embeddings.word_embeddings.weight, unlike plain" in fails(
         capsys, tmp_path / "peft", "--init_from", bert_folder)
 
 
