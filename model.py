@@ -193,7 +193,7 @@ class Transformer(nn.Module):
         """
         T = input_ids.shape[1]
         if T > self.config.max_len:
-            raise ValueError(f"{T} tokens are more than the model's {self.config.max_len}")
+            raise ValueError(f"{T} tokens: the model has {self.config.max_len} positions")
         x = self.embeddings(input_ids, token_type_ids)
         mask = self.score_mask(T, attention_mask, x)
         *layers, last = self.layers
