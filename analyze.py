@@ -9,12 +9,12 @@ al. 2024, arXiv:2403.14946, section 3). Those of two layers are compared by the 
 phi of the LoRA paper (Hu et al. 2022, arXiv:2106.09685, section 7.2): 0 for orthogonal subspaces, 1
 if one contains the other.
 
+In CondLoRA they are the same in every layer with a square W0: C_A = W0^-1 W0 theta_A^T = theta_A^T.
+The question there is how similar A and B are, which one pair of thetas makes from different W0. So:
+
             compared          control, which the paper lacks
 LoRA        C_A, C_B, C_BA    untrained A and B, through the same W0^-1: what W0 does by itself
 CondLoRA    A, B, B A         untrained thetas
-
-CondLoRA's conversion matrices are theta^T in every layer with a square W0 (W0^-1 W0 theta^T). The
-question there is how similar the A and B are that one pair of thetas makes from different W0.
 """
 
 import json
@@ -44,7 +44,7 @@ def inverse_of(W0):
     U, S, Vh = torch.linalg.svd(W0, full_matrices=False)
     tolerance = max(W0.shape[-2:]) * torch.finfo(W0.dtype).eps
     is_kept = S > S[..., :1] * tolerance
-    inverse = Vh.mT @ (torch.where(is_kept, 1 / S, 0.0)[..., None] * U.mT)
+    inverse = Vh.mT @ (torch.where(is_kept, 1 / S, 0.0)[..., None] * U.mT)  # V S^-1 U^T
     is_square = W0.shape[-2] == W0.shape[-1]
     return inverse, S[..., 0] / S[..., -1], is_kept.all(-1) & is_square
 
@@ -53,8 +53,8 @@ def conversion_matrices(W0, A, B, inverse=None):
     """{"A": C_A (d, r), "B": C_B (d, r), "BA": C_BA (d, d)}, float64, of one layer or of a stack.
 
     For W0 (d_out, d_in), A (r, d_in), B (d_out, r):  W0 C_A = A^T,  W0 C_B = B,  W0 C_BA = B A,
-    by least squares if W0 is not invertible. If it is rectangular, W0^T C_A = A^T, as condlora.py's
-    convert makes A; C_A is (d_out, r). `inverse` is W0's, for callers that have it.
+    by least squares if W0 is not invertible; but W0^T C_A = A^T with C_A (d_out, r) if W0 is
+    rectangular, as condlora.convert has it. `inverse` is W0's, for callers that have it.
     """
     W0, A, B = (torch.as_tensor(x).double() for x in (W0, A, B))
     if inverse is None:
@@ -93,8 +93,8 @@ def singular_vectors(matrix, side):
 def thin_svd(P, Q):
     """U (..., m, r), S (..., r), V (..., n, r) of P Q, which is never formed: P (..., m, r)."""
     U, R = torch.linalg.qr(P)
-    V, T = torch.linalg.qr(Q.mT)
-    u, S, vh = torch.linalg.svd(R @ T.mT, full_matrices=False)  # P Q = U (R T^T) V^T
+    V, T = torch.linalg.qr(Q.mT)  # Q = T^T V^T, so that P Q = U (R T^T) V^T
+    u, S, vh = torch.linalg.svd(R @ T.mT, full_matrices=False)
     return U @ u, S, V @ vh.mT
 
 
@@ -119,11 +119,11 @@ class Target(NamedTuple):
     is_exact: torch.Tensor  # False where `inverse` is a pseudo-inverse (L,)
 
     @property
-    def factors(self):
-        return {"A": self.A.mT, "B": self.B}  # (L, d, r) both
+    def factors(self):  # {"A": A^T, "B": B}, (L, d, r) both
+        return {"A": self.A.mT, "B": self.B}
 
     @property
-    def conversions(self):
+    def conversions(self):  # {"A": C_A, "B": C_B}, (L, d, r) both
         C = conversion_matrices(self.W0, self.A, self.B, self.inverse)
         return {"A": C["A"], "B": C["B"]}
 
@@ -133,20 +133,21 @@ class Target(NamedTuple):
         return self.factors if self.thetas else self.conversions
 
     @property
-    def matrices(self):  # {"A", "B", "C_A", "C_B"}
+    def matrices(self):  # all four: {"A", "B", "C_A", "C_B"}
         return self.factors | {f"C_{name}": C for name, C in self.conversions.items()}
 
     def untrained(self, rng):
         """The same layers with new A and B, or in CondLoRA with those that new thetas make.
 
-        A or theta_A is uniform, as adapt has it; the other is Gaussian, since zero spans nothing.
+        The first of the two is uniform, as adapt draws A and theta_A; the second is Gaussian, since
+        adapt's zeros span nothing.
         """
-        trained_A, trained_B = self.thetas or (self.A, self.B)
-        bound = 1 / math.sqrt(trained_A.shape[-1])  # kaiming_uniform_'s for a = sqrt(5)
-        new_A = torch.empty(trained_A.shape, dtype=torch.float64)
-        new_A = new_A.uniform_(-bound, bound, generator=rng).to(trained_A.device)
-        new_B = gaussian(trained_B.shape, rng, trained_B.device)
-        A, B = convert(self.W0, new_A, new_B) if self.thetas else (new_A, new_B)
+        first, second = self.thetas or (self.A, self.B)
+        bound = 1 / math.sqrt(first.shape[-1])  # of kaiming_uniform_ with a = sqrt(5)
+        new_first = torch.empty(first.shape, dtype=torch.float64)
+        new_first = new_first.uniform_(-bound, bound, generator=rng).to(first.device)
+        new = new_first, gaussian(second.shape, rng, second.device)
+        A, B = convert(self.W0, *new) if self.thetas else new
         return self._replace(A=A, B=B)
 
 
@@ -157,16 +158,17 @@ def gaussian(shape, rng, device):
 # The figures -------------------------------------------------------------------------------------
 
 def similarity_maps(matrices, A, i, j, side):
-    """{"A", "B", "BA": phi of every pair of layers, (L, L)}, where BA is matrices["B"] @ A.
+    """{"A", "B", "BA": phi of every pair of layers, (L, L)}, less the maps that say nothing.
 
-    Two kinds of map say nothing and are left out. If i = j = r, BA's left vectors span what B's do,
-    and its map is B's. If i or j is the vectors' length, they span everything, and phi is 1: so it
-    is for the right vectors of A and B, r of length r. By default, then, there are A and B.
+    matrices is {"A": A^T, "B": B} or {"A": C_A, "B": C_B}. The third is B A, or C_BA = C_B A.
+    With i = j = r there is no BA on the left side, and nothing else on the right.
     """
     vectors = {name: singular_vectors(matrices[name], side) for name in "AB"}
-    left, S, right = thin_svd(matrices["B"], A)  # C_BA is C_B A, as BA is B A
+    left, S, right = thin_svd(matrices["B"], A)
+    # With i = j = r, all of BA's left vectors span what all of B's do: its map is B's.
     if side == "right" or not i == j == S.shape[-1]:
         vectors["BA"] = left if side == "left" else right
+    # As many vectors as they have entries span everything (r right vectors of A or B): phi is 1.
     return {name: phi(X[:, None], X[None], i, j)  # (L, 1, ...) and (1, L, ...) give (L, L)
             for name, X in vectors.items() if max(i, j) < X.shape[-2]}
 
@@ -174,19 +176,18 @@ def similarity_maps(matrices, A, i, j, side):
 def similarity(target, i, j, side):
     """{"A", "B", "BA": a row}, a row a dict. Its phis are means over pairs of layers:
 
-    trained     phi of target.compared
-    control     (mean, sd) of the same with untrained factors
-    random      (mean, sd) of Gaussian matrices of the same shapes
-    raw         phi of A^T, B and B A themselves, which in CondLoRA are what is compared
-    raw_random  (mean, sd) of Gaussian matrices of their shapes
-    z, raw_z    the z-score of trained against control, of raw against raw_random
-
-    "map" and "control_map" are (L, L): trained, and the control's mean. ValueError without a row.
+    trained              of what is compared
+    control              the same with untrained factors: (mean, sd) of many draws
+    random               Gaussian matrices of the same shapes: (mean, sd)
+    z                    the z-score of trained against control
+    raw                  of A^T, B and B A themselves, which in CondLoRA are what is compared
+    raw_random, raw_z    Gaussian matrices of their shapes: (mean, sd); raw's z-score against it
+    map, control_map     trained, and the control's mean, of every pair of layers: (L, L)
     """
     compared, factors = target.compared, target.factors
     maps_of = lambda matrices, A: similarity_maps(matrices, A, i, j, side)
     trained, raw = maps_of(compared, target.A), maps_of(factors, target.A)
-    names = [name for name in trained if name in raw]  # of a rectangular W0 they may differ
+    names = [name for name in trained if name in raw]  # a rectangular W0 has other lengths
     if not names:
         raise ValueError(f"with --i {i} --j {j}, all directions, phi is 1 by definition: use less")
     drawn = {"control": [], "random": [], "raw_random": []}  # maps
@@ -195,7 +196,7 @@ def similarity(target, i, j, side):
     for _ in tqdm(range(DRAWS), "drawing baselines", leave=False, delay=1, disable=None):
         control = target.untrained(rng)
         drawn["control"].append(maps_of(control.compared, control.A))
-        A = noise(target.A)
+        A = noise(target.A)  # for BA
         for kind, matrices in (("random", compared), ("raw_random", factors)):
             drawn[kind].append(maps_of({name: noise(x) for name, x in matrices.items()}, A))
     rows = {}
@@ -280,7 +281,7 @@ def theta_deviation(target):
 
 
 def analyze(targets, others, i, j, side):
-    """Every number that is printed, as JSON takes it: {table: {target: ...}}, and the verdict."""
+    """Every number that is printed, as JSON takes it: {"similarity": {"query": ...}, ...}"""
     result = {"layers": next(iter(targets.values())).numbers}
     for name, target in targets.items():
         # Infinity, a singular W0's, is not JSON: the largest number stands for it.
@@ -294,7 +295,7 @@ def analyze(targets, others, i, j, side):
         if others:
             tables["compare"] = comparison(target, others[name], i, j)
         for table, value in tables.items():
-            result.setdefault(table, {})[name] = value
+            result.setdefault(table, {})[name] = value  # by table first, then by target
     result["verdict"] = verdict(result["similarity"], "theta" in result)
     return result
 
@@ -309,24 +310,23 @@ def flat(table):
 
 def verdict(table, is_condlora):
     """What training makes similar and what it does not: sentences, the finding first."""
-    rows, sentences = dict(flat(table)), []
-    say = lambda start, names: sentences.append(f"{start}: {', '.join(names)}.")
-    beyond = lambda key, sign=1: [name for name in rows if sign * rows[name][key] > 3]
-    more, less, raw = beyond("z"), beyond("z", -1), beyond("raw_z")
-    # A CondLoRA adapter that was exported to PEFT is read as LoRA.
-    same = [] if is_condlora else [name for name in more if rows[name]["trained"] > 0.99]
+    rows = dict(flat(table))
+    more = [name for name, row in rows.items() if row["z"] > 3]
+    less = [name for name, row in rows.items() if row["z"] < -3]
+    raw = [name for name, row in rows.items() if row["raw_z"] > 3]
+    # PEFT's files do not tell CondLoRA from LoRA: it is known by theta^T in every layer, phi = 1.
+    same = [name for name in more if rows[name]["trained"] > 0.99 and not is_condlora]
     more = [name for name in more if name not in same]
-    if same:
-        say("All layers have the same conversion matrices, by construction", same)
-    if more:
-        say("Beyond the control by more than 3 sd", more)
-    if not same and not more:
-        say("No row exceeds its control by 3 sd", ["no similarity beyond what W0 produces"])
-    if less:
-        say("Less similar than the control by more than 3 sd", less)
-    if not is_condlora:  # whose A and B are compared already
-        say("Without W0^-1, A and B exceed random by more than 3 sd", raw or ["nowhere"])
-    return sentences
+    findings = {
+        "All layers have the same conversion matrices, by construction": same,
+        "Beyond the control by more than 3 sd": more,
+        "No row exceeds its control by 3 sd":
+            [] if same or more else ["no similarity beyond what W0 produces"],
+        "Less similar than the control by more than 3 sd": less,
+        "Without W0^-1, A and B exceed random by more than 3 sd":
+            [] if is_condlora else raw or ["nowhere"],
+    }
+    return [f"{finding}: {', '.join(names)}." for finding, names in findings.items() if names]
 
 
 def print_tables(result, file, compared_file, verbose):

@@ -9,7 +9,7 @@ W0 (d_out, d_in) is a linear layer's frozen weight, r the rank, s = alpha / r. B
 LoRA (Hu et al. 2022, arXiv:2106.09685) trains an A (r, d_in) and a B (d_out, r) in every layer.
 CondLoRA (Kim et al. 2024, arXiv:2403.14946) makes A and B from a square W0 (d, d):
 
-    A = (W0 theta_A^T)^T,    B = W0 theta_B^T          (a linear layer on the rows of W0)
+    A^T = W0 theta_A^T,    B = W0 theta_B^T            (a linear layer on the rows of W0)
 
 and trains only theta_A and theta_B, both (r, d). All layers of a target ("query", say) share one
 pair: with L layers, 1/L of LoRA's parameters. Two controls ask whether W0 matters, with another
@@ -28,16 +28,17 @@ METHODS = ("lora", "condlora", "tied", "random")
 def convert(M, theta_A, theta_B):
     """A (r, d_in) and B (d_out, r) from M (d_out, d_in), or from a stack of them (L, d_out, d_in).
 
-    M is W0 or a control's matrix, None the identity. theta_A is (r, d_out), theta_B (r, d_in).
+    M is W0 or a control's matrix, None the identity. theta_A is (r, d_out), theta_B (r, d_in): both
+    are (r, d) in the paper, where M is square.
     """
     if M is None:
         return theta_A, theta_B.T
     M = M.to(theta_A.dtype)
     B = M @ theta_B.T
     if M.shape[-2] == M.shape[-1]:
-        A = (M @ theta_A.T).mT  # the paper's
+        A = (M @ theta_A.T).mT
     else:
-        A = (M.mT @ theta_A.T).mT  # the paper has none; only M^T gives A its d_in columns
+        A = (M.mT @ theta_A.T).mT  # our choice: A needs d_in columns, and M has d_out rows
     return A, B
 
 
@@ -63,7 +64,7 @@ class AdaptedLinear(nn.Linear):
     def start(self, settings):
         self.settings = settings  # adapt's arguments, for save_adapter
         self.scale = settings["alpha"] / settings["rank"]
-        # W0 + dW, or None. If it is set (by merge, for one), forward uses it and no factors.
+        # W0 + dW, or None: merge and train.py's with_summed_weights set it, for forward to use.
         self.register_buffer("merged", None, persistent=False)
 
     def forward(self, x):  # (..., d_in) -> (..., d_out)
@@ -75,7 +76,7 @@ class AdaptedLinear(nn.Linear):
 
     def delta(self):
         """dW = s B A, (d_out, d_in), in float32 or wider: bfloat16 would lose small updates."""
-        with torch.autocast(self.weight.device.type, enabled=False):  # it would use bfloat16
+        with torch.autocast(self.weight.device.type, enabled=False):  # which narrows products
             A, B = self.factors()
             wide = torch.promote_types(A.dtype, torch.float32)
             return self.scale * B.to(wide) @ A.to(wide)
@@ -98,8 +99,8 @@ class LoRALinear(AdaptedLinear):
 class CondLoRALinear(AdaptedLinear):
     """Has no factors of its own: a Conversion makes them from M, this layer's W0 or a control's.
 
-    Layers share a Conversion. One of them, its owner, registers it as a submodule and so moves and
-    saves it for all: safetensors and Hugging Face's Trainer refuse the same tensor under two names.
+    Layers share a Conversion. Only the first, its owner, registers it as a submodule, which moves
+    and saves it for all: safetensors and Hugging Face's Trainer refuse a tensor under two names.
     """
 
     def start(self, settings, owner, generator):
@@ -108,7 +109,7 @@ class CondLoRALinear(AdaptedLinear):
             self.conversion = Conversion(self.weight, settings["rank"])
         else:
             object.__setattr__(self, "conversion", owner.conversion)  # without registering it
-        self.register_buffer("random", None)
+        self.register_buffer("random", None)  # in the state dict, so that it is complete
         if settings["method"] == "random":  # Gaussian, with W0's mean square
             W0 = self.weight.detach().float()
             noise = torch.randn(W0.shape, generator=generator, device="cpu")
@@ -146,7 +147,7 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
                 "seed": int(seed)}
     generator = torch.Generator().manual_seed(settings["seed"])
     model.requires_grad_(False)
-    owners = {}  # of the Conversion for each target and shape: the first such layer
+    owners = {}  # the first layer of each target and shape, which owns the Conversion
     for name, layer in linears.items():
         if method == "lora":
             layer.__class__ = LoRALinear
@@ -154,7 +155,8 @@ def adapt(model, method="condlora", targets=("query", "value"), rank=8, alpha=8.
         else:
             layer.__class__ = CondLoRALinear
             key = target_of(name, targets), layer.weight.shape
-            layer.start(settings, owners.setdefault(key, layer), generator)
+            owner = owners.setdefault(key, layer)  # itself, if it is the first
+            layer.start(settings, owner, generator)
     return model
 
 
@@ -178,7 +180,7 @@ def unmerge(model):
 
 def merge_and_unload(model):
     """Turn each adapted layer, in place, into a plain nn.Linear that holds W0 + dW."""
-    for layer in adapted_layers(merge(model)).values():  # first all are merged
+    for layer in adapted_layers(merge(model)).values():
         layer.weight = nn.Parameter(layer.merged, requires_grad=False)
         for name in ("A", "B", "conversion", "random", "merged", "settings", "scale"):
             if hasattr(layer, name):
@@ -210,16 +212,16 @@ def load_adapter(model, file):
         saved = torch.load(file, map_location="cpu", weights_only=True)
         theirs, weights = saved["settings"] | {"layers": saved["layers"]}, saved["weights"]
         if not adapted_layers(model):
-            names = "method", "targets", "rank", "alpha", "seed"  # train.py's file has more
+            names = "method", "targets", "rank", "alpha", "seed"  # train.py's has more settings
             adapt(model, **{name: theirs[name] for name in names})
         ours = settings_of(model) | {"layers": list(adapted_layers(model))}
         seed = ["seed"] if theirs["method"] == "random" else []
-        for name in ["method", "rank", "alpha", "layers", *seed]:
+        for name in ["method", "rank", "alpha", "layers", *seed]:  # layers tell the targets
             refuse(theirs[name] != ours[name],
                    f"{name} is {theirs[name]!s:.80}, in the model {ours[name]!s:.80}")
-        # The file must have all that trains in the model, and may have what is frozen (a head).
+        # The file must have what trains in the model, and may have what is frozen there (a head).
         in_file = {name: p for name, p in model.named_parameters() if name in weights}
-        copy_tensors(weights, trained_tensors(model) | in_file)
+        copy_tensors(weights, trained_tensors(model) | in_file)  # raises if names differ
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load alone raises half a dozen types
@@ -228,7 +230,7 @@ def load_adapter(model, file):
         raise ValueError(f"{file} holds no adapter of this model: {reason:.200}") from error
     for layer in adapted_layers(model).values():
         if layer.merged is not None:
-            merge(layer)
+            merge(layer)  # a layer, too, is a module with adapted layers
     return model
 
 
@@ -262,7 +264,7 @@ def adapter_parameters(model):
         conversion = getattr(layer, "conversion", None)  # None in LoRA
         refuse(conversion and conversion not in modules, f"the layer that holds {name}'s thetas "
                f"was removed from the model: keep the first layer of each target and shape")
-        # A and B; or the thetas, which named_parameters finds in their owner alone.
+        # "A" and "B"; or an owner's "conversion.theta_A" and "conversion.theta_B".
         parameters += [p for key, p in layer.named_parameters() if key not in ("weight", "bias")]
     return parameters
 
@@ -286,16 +288,17 @@ def find_linears(model, method, targets, rank, alpha):
     refuse(adapted_layers(model), "the model is already adapted: adapt a fresh one")
     modules = dict(model.named_modules())
     chosen = {name: module for name, module in modules.items() if target_of(name, targets)}
-    linears = {name.rpartition(".")[2] for name, m in modules.items() if type(m) is nn.Linear}
+    known = {name.rpartition(".")[2] for name, m in modules.items() if type(m) is nn.Linear}
     for target in targets:  # each must be found
         refuse(not any(target_of(name, [target]) for name in chosen),
-               f"no nn.Linear is named {target!r}: the model has {', '.join(sorted(linears))}")
+               f"no nn.Linear is named {target!r}: the model has {', '.join(sorted(known))}")
     for name, layer in chosen.items():
         refuse(type(layer) is not nn.Linear,
                f"{name} is a {type(layer).__name__}: only plain nn.Linear layers can be adapted")
         parent = modules[name.rpartition(".")[0]]
         refuse(isinstance(parent, nn.TransformerEncoderLayer), f"{name} is part of an "
                f"nn.TransformerEncoderLayer, whose fast path in eval mode ignores the adapter")
+        # spectral_norm makes "weight" another attribute, accelerate replaces "forward".
         refuse("weight" not in layer._parameters or "forward" in vars(layer),
                f"{name} has a hook (spectral_norm's, accelerate's): remove that first")
         dtype, (d_out, d_in) = layer.weight.dtype, layer.weight.shape

@@ -59,7 +59,7 @@ class Attention(nn.Module):
         self.dropout = config.attention_probs_dropout_prob
 
     def forward(self, x, context, mask):
-        """x (B, t, d) attends to context (B, T, d); t is T, or 1 in the last layer (see Layer).
+        """x (B, t, d) attends to context (B, T, d), which is x itself but in the last layer.
 
         mask is added to the scores, and broadcast to (B, nh, t, T); or it is None.
         """
@@ -88,7 +88,7 @@ class Layer(nn.Module):
     def forward(self, x, context, mask):
         """New states (B, t, d) of the positions x (B, t, d), which attend to context (B, T, d).
 
-        x is context; but the last layer computes only the first position, which the head reads.
+        x is context, but in the last layer its first position alone (t = 1), which the head reads.
         """
         # Post-layer-norm: each norm comes after the sum.
         x = self.norm1(x + self.dropout(self.attention(x, context, mask)))
@@ -137,7 +137,7 @@ def relative_buckets(offset):
     distance = offset.abs()
     half = BUCKETS // 2  # 16
     near = half // 2  # 8
-    # From 0 at distance 8 to 1 at distance 128. (It is not used for nearer ones.)
+    # 0 at distance 8, 1/4 at 16 (8 + 8/4 is bucket 10), 1 at 128. Nearer ones do not use it.
     fraction = torch.log(distance.clamp(min=1).float() / near) / math.log(MAX_DISTANCE / near)
     far = (near + (fraction * (half - near)).long()).clamp(max=half - 1)
     return torch.where(distance < near, distance, far) + half * (offset > 0)
@@ -155,7 +155,7 @@ class Head(nn.Module):
         # All but BERT also apply dropout to the dense layer's input.
         self.dropout_first = config.model_type != "bert"
 
-    def forward(self, x):  # (B, T, d) -> (B, n_out)
+    def forward(self, x):  # (B, T or 1, d) -> (B, n_out)
         # The head may train in float32 on a bfloat16 encoder.
         x = x[:, 0].to(self.dense.weight.dtype)
         if self.dropout_first:
@@ -173,7 +173,7 @@ class Transformer(nn.Module):
         if config.model_type == "mpnet":
             self.relative_bias = nn.Embedding(BUCKETS, config.num_attention_heads)
             position = torch.arange(config.max_len)
-            offset = position[None, :] - position[:, None]  # (query, key)
+            offset = position[None, :] - position[:, None]  # key - query, (query, key)
             self.register_buffer("buckets", relative_buckets(offset), persistent=False)
         self.apply(self.initialize)
 
@@ -202,8 +202,8 @@ class Transformer(nn.Module):
         if not first_only:
             return last(x, x, mask)
         if mask is not None:
-            mask = mask[:, :, :1]  # the first query's, or the one row for all
-        # Contiguous, so that the other positions can be freed.
+            mask = mask[:, :, :1]  # (B, 1, 1, T) as it is, or the first query's (..., nh, 1, T)
+        # Contiguous: a slice would keep all positions in memory.
         return last(x[:, :1].contiguous(), x, mask)
 
     def score_mask(self, T, attention_mask, x):

@@ -67,29 +67,31 @@ def train(model, forward, data, metrics, args, ckpt):
     """Train for args.epochs epochs, or to resume, for those that ckpt["history"] lacks.
 
     forward(*inputs) gives logits: it is the model, or what `prepare` makes of it. data["train"] and
-    data["validation"] are Encoded (data/batches.py), texts as padded token ids on the device. Their
-    batches are (rows, width, padded): the numbers of some rows of similar length, the width in
-    tokens to which they are cut, and whether any of them is shorter than that. ckpt is a checkpoint
-    (data/checkpoint.py), a dict. Each epoch appends to its "history", replaces "last" (the weights)
-    and "optimizer", and, if it is the best so far, "weights" and "best_epoch".
+    data["validation"] are Encoded: texts as padded token ids, on the device. A batch of rows of
+    about the same length is (rows, width, padded): ([7, 2, 9], 24, True) is rows 7, 2 and 9, cut at
+    24 tokens, which some of them do not fill.
+
+    ckpt, a dict, is the checkpoint. Each epoch appends to its "history", replaces "last" (what
+    trains) and "optimizer", and, if it is the best so far, "weights" and "best_epoch".
     """
     split, history = data["train"], ckpt["history"]
     device, n = split.labels.device, len(split.labels)
     optimizer = make_optimizer(model, args)
-    if history:  # until now the model has the best epoch's weights; this gives it the last one's
+    if history:  # load_model gave it the best epoch's weights
         with reading(args.resume):  # errors name the file
-            checkpoint.resume(ckpt, model, optimizer)
+            checkpoint.restore_last_epoch(ckpt, model, optimizer)
     step = make_step(forward, split, optimizer, args.grad_clip)
     if device.type == "cuda" and not args.no_graphs:
-        step = Recorded(step)
+        step = Recorded(step)  # the same, faster: see the end of this file
     steps_per_epoch = math.ceil(n / args.batch_size)
     steps, done = args.epochs * steps_per_epoch, len(history) * steps_per_epoch
     bar = tqdm(total=steps, initial=done, desc=f"{args.task} {args.method}", disable=HIDE_BAR)
     for epoch in range(len(history) + 1, args.epochs + 1):
-        if args.patience and history and epoch - best_of(history)["epoch"] > args.patience:
+        if history and 0 < args.patience <= len(history) - best_of(history)["epoch"]:
             break
         model.train()
-        # Seeds by epoch, so that a resumed run is the same. Dropout is each process's own.
+        # Seeds by epoch, so that a resumed run is the same: each process has its own dropout, and
+        # all have the same order of rows.
         dropout_seed = np.random.default_rng([args.seed, epoch, PROCESS]).integers(2 ** 63)
         torch.manual_seed(int(dropout_seed))
         order = shuffled(split.widths, args.batch_size, [args.seed, epoch])
@@ -103,9 +105,7 @@ def train(model, forward, data, metrics, args, ckpt):
         loss = sum_over_processes(loss_sum).item() / n
         seconds = time.perf_counter() - began
         if not math.isfinite(loss):
-            raise ValueError(f"the loss is {loss} in epoch {epoch}: "
-                             f"try --lr lower than {args.lr:g}")
-
+            raise ValueError(f"the loss is {loss} in epoch {epoch}: try --lr below {args.lr:g}")
         scores = evaluate(model, forward, data["validation"], metrics, args.batch_size)
         history.append({"epoch": epoch, "loss": loss, "seconds": seconds, "validation": scores})
         last = {name: p.detach().cpu().clone() for name, p in trained_tensors(model).items()}
@@ -135,9 +135,10 @@ def make_step(forward, split, optimizer, grad_clip):
         inputs, labels = split.batch(share, width, padded)
         loss = summed_loss(forward(*inputs), labels)
         optimizer.zero_grad()
+        # Over the whole batch's rows: the shares' gradients add up to those of the batch's mean.
         (loss / len(rows)).backward()
         if PROCESSES > 1:
-            sum_gradients(group["params"])  # so that they are those of the whole batch's mean
+            sum_gradients(group["params"])
         if grad_clip:
             torch.nn.utils.clip_grad_norm_(group["params"], grad_clip)
         optimizer.step()
@@ -162,8 +163,8 @@ def sum_over_processes(tensor):
 def make_optimizer(model, args):
     parameters = [p for p in model.parameters() if p.requires_grad]
     on_cuda = parameters[0].is_cuda
-    # Recorded (below) replays a step, in which only what tensors hold can change. So the rate is a
-    # tensor, which AdamW does not take with foreach.
+    # Recorded, at the end, replays a step, in which only what tensors hold can change: so the rate
+    # is a tensor, which AdamW takes without foreach, and on CUDA its state is on the GPU.
     lr = torch.tensor(args.lr, device=parameters[0].device)
     return torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay, foreach=False,
                              fused=on_cuda, capturable=on_cuda)
@@ -201,14 +202,14 @@ def evaluate(model, forward, split, metrics, batch_size):
 
 @torch.inference_mode()
 def outputs_of(model, forward, split, batch_size):
-    """Logits (n, n_out) on the CPU. Processes share the batches, of 8 * batch_size rows each."""
+    """Logits (n, n_out) on the CPU. Each process fills its batches' rows, and these are summed."""
     model.eval()
     outputs = torch.zeros(len(split.labels), model.config.n_out, device=split.labels.device)
     batches = split.batches(by_width(split.widths, 8 * batch_size))[PROCESS::PROCESSES]
     for rows, width, padded in tqdm(batches, "evaluating", leave=False, delay=2, disable=HIDE_BAR):
         inputs, _ = split.batch(rows, width, padded)
         outputs[rows] = forward(*inputs).float()
-    outputs = sum_over_processes(outputs).cpu()  # rows of other processes are 0 here
+    outputs = sum_over_processes(outputs).cpu()
     if not outputs.isfinite().all():
         raise ValueError("the model's outputs are not finite: train it with a lower --lr")
     return outputs
@@ -230,8 +231,8 @@ def text_of(scores):
 def load_task(args, ckpt):
     """({"train", "validation", "test": Split(texts, labels)}, metrics(predictions, labels), about)
 
-    `about` has a checkpoint's entries that describe the data. Raises ValueError if those of `ckpt`
-    are of other classes, or, to resume, of other rows.
+    Validation is a tenth of train.tsv, test is dev.tsv. `about` has a checkpoint's entries that
+    describe the data. Raises ValueError if `ckpt` was trained on others.
     """
     file = args.resume or args.eval_only
     with reading(file):
@@ -243,12 +244,12 @@ def load_task(args, ckpt):
     rows = json.dumps([splits["train"], splits["validation"]]).encode()
     about = {"task": args.task, "classes": list(classes), "n_texts": len(splits["train"].texts[0]),
              "data": hashlib.sha256(rows).hexdigest()}
-    fixed = ["classes", "n_texts"] + ["data"] * bool(args.resume)  # other rows can be evaluated
+    # A model can be evaluated on other rows, but not trained further.
+    fixed = ("classes", "n_texts", "data") if args.resume else ("classes", "n_texts")
     changed = [name for name in fixed if ckpt and ckpt[name] != about[name]]
     if changed:
-        raise ValueError(f"{file} was trained on other rows of {args.task}: "
-                         f"{', '.join(changed)} changed")
-    if IS_MASTER and os.path.isabs(args.task) and glue.look_like_scores(classes):
+        raise ValueError(f"{file} was trained on other rows: {', '.join(changed)} changed")
+    if IS_MASTER and os.path.isabs(args.task) and glue.look_like_scores(classes):  # own data
         print(f"{len(classes)} labels, all numbers: if they are scores, add --regression")
     return splits, metrics, about
 
@@ -256,7 +257,7 @@ def load_task(args, ckpt):
 def build(args, model):
     """Adapt a pretrained encoder: only what should train requires a gradient."""
     model.requires_grad_(args.method == "full")
-    if args.method in METHODS:  # the head has linear layers, too, but trains as it is
+    if args.method in METHODS:  # only the encoder's layers are adapted, the head trains as it is
         adapt(model.layers, args.method, args.targets, args.rank, args.alpha, args.seed)
     model.head.requires_grad_(True)
     return model
@@ -268,7 +269,7 @@ def load_model(args, ckpt, n_out, device):
         folder = find_encoder(args, ckpt, device)
         tok = tokenizer.load(folder)
         torch.manual_seed(args.seed)
-        model = build(args, pretrained.load(folder, n_out)).to(device)
+        model = build(args, pretrained.load(folder, n_out=n_out)).to(device)
         if tok.vocab_size > model.config.vocab_size:
             raise ValueError(f"{folder}: the tokenizer has {tok.vocab_size} tokens, the model "
                              f"{model.config.vocab_size}")
@@ -320,13 +321,13 @@ def train_and_report(args, ckpt, device):
     """Train and write the scores to the checkpoint, unless --eval_only is given; print them."""
     splits, metrics, about = load_task(args, ckpt)
     folder, tok, model = load_model(args, ckpt, len(about["classes"]) or 1, device)
-    forward = prepare(model, args, device)  # also changes the model: see there
+    forward = prepare(model, args, device)  # also gives the model's weights other dtypes
     max_len = min(args.max_len, model.config.max_len)
     data = {name: Encoded(split, tok, max_len, device) for name, split in splits.items()
             if not (name == "train" and args.eval_only)}
     if not args.eval_only:
         ckpt = ckpt or new_checkpoint(args, about, folder, model)
-        train(model, forward, data, metrics, args, ckpt)
+        train(model, forward, data, metrics, args, ckpt)  # which fills ckpt
         copy_tensors(ckpt["weights"], trained_tensors(model))  # of the best epoch
     scores = {name: evaluate(model, forward, split, metrics, args.batch_size)
               for name, split in data.items() if name != "train"}
@@ -409,11 +410,11 @@ def arguments(argv):
         ckpt = checkpoint.load(file)
         settings = {name: ckpt["settings"][name] for name in checkpoint.SETTINGS}
         parser.set_defaults(**settings, out=file)
-        args = parser.parse_args(argv)
-    are_folders = os.path.isabs(args.task) and os.path.isabs(settings.get("task", ""))
-    may_change = {"data_dir": True, "task": are_folders, "dtype": args.eval_only}
+        args = parser.parse_args(argv)  # what is left out now has the checkpoint's value
+    has_moved = os.path.isabs(args.task) and os.path.isabs(settings.get("task", ""))  # own folders
+    may_change = {"data_dir": True, "task": has_moved, "dtype": bool(args.eval_only)}
     for name, value in settings.items():
-        if getattr(args, name) != value and not may_change.get(name):
+        if getattr(args, name) != value and not may_change.get(name, False):
             raise ValueError(f"--{name} {getattr(args, name)} contradicts {file}, trained with "
                              f"{value}: leave it out")
     with reading(file):  # errors name it, if there is one
@@ -436,8 +437,7 @@ def make_parser():
         "layers) and random (random matrices for W0); every weight (full); or nothing (head)")
     add("--init_from", help="pretrained encoder: a folder, or a name under data/models; default: "
         "the toy encoder, or roberta-base")
-    add("--data_dir", default=str(DATA / "glue"), type=os.path.abspath,
-        help="folder with GLUE's CoLA, SST-2, ...; default: data/glue")
+    add("--data_dir", default=str(DATA / "glue"), type=os.path.abspath, help="GLUE's; data/glue")
     add("--rank", type=int, default=8, help="r, the adapter's rank; default: 8")
     add("--alpha", type=float, default=8.0, help="dW is scaled by alpha / rank; default: 8")
     add("--targets", nargs="+", default=["query", "value"],
@@ -446,8 +446,7 @@ def make_parser():
     add("--epochs", type=int, help="default: toy 14, GLUE 20")
     add("--batch_size", type=int, help="default: toy 32, GLUE 16")
     add("--max_len", type=int, default=128, help="longest input, in tokens; default: 128")
-    add("--warmup", type=float, default=0.1,
-        help="fraction of the steps in which the rate rises; then it falls to 0; default: 0.1")
+    add("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises")
     add("--weight_decay", type=float, default=0.1, help="AdamW's; default: 0.1")
     add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient, 0: no limit")
     add("--patience", type=int, default=0, help="stop after so many epochs without gain; 0: never")
@@ -490,6 +489,7 @@ def settle(args, device):
     if args.regression and not os.path.isabs(args.task):
         raise ValueError(f"--regression is for your own data, --task is {args.task}")
     if IS_MASTER and not args.eval_only:
+        # A file that exists is replaced if these bytes tell that a training run wrote it.
         check_outputs({"--out": (args.out, b"data.pkl"), "--history": (args.history, b'{"epoch"')})
         if args.out.exists() and not args.resume:
             print(f"{args.out} will be replaced after the first epoch")
@@ -522,10 +522,9 @@ def main(argv=None):
 def prepare(model, args, device):
     """forward(*inputs) that gives the model's logits fast; changes the model in place.
 
-    float32 on a CPU          the model as it is
-    float32 on CUDA           with_summed_weights
-    bfloat16                  the same, with all in bfloat16 that is neither trained nor adapted
-    bfloat16, --method full   autocast, since all is trained
+    float32                   the model as it is; on CUDA with_summed_weights
+    bfloat16                  the same; weights become bfloat16 that neither train nor are a W0
+    bfloat16, --method full   autocast, since everything trains
     """
     bfloat16 = args.dtype == "bfloat16"
     if device.type == "cuda":  # TF32 for the head, all else being bfloat16
@@ -546,11 +545,12 @@ def prepare(model, args, device):
 
 
 def stacks_of(model, dtype):
-    """[(layers, W0, conversion, M)], for the adapted layers of each shape and Conversion.
+    """[(layers, W0, conversion, M)]: the L adapted layers of each shape and Conversion, stacked.
 
-    W0 (L, d_out, d_in) is float32, and the L layers' weights are views of it from now on, so that
-    none is held twice. M is the layers' M in `dtype`, (L, d_out, d_in). It is None for "tied"; in
-    LoRA so is the Conversion.
+    layers      the L layers, whose weights are views of W0 from now on
+    W0          (L, d_out, d_in), float32
+    conversion  CondLoRA's or a control's; None in LoRA
+    M           (L, d_out, d_in), a copy of the layers' M in `dtype`; None in LoRA and for "tied"
     """
     groups = {}
     for layer in adapted_layers(model).values():
@@ -571,7 +571,8 @@ def with_summed_weights(model, dtype):
     """forward(*inputs) in which an adapted layer computes x (W0 + dW)^T: one product, not three.
 
     The thin products with A and B are memory-bound on a GPU. Here a few products give every layer's
-    B A, in `dtype`. W0 + dW is summed in float32, where small updates are not lost, then rounded.
+    B A, in `dtype`. W0 + dW is summed in float32, where small updates are not lost, then rounded; a
+    layer has it as `merged` during the call, and gradients reach A and B through it.
     """
     stacks = stacks_of(model, dtype)
 
@@ -584,7 +585,7 @@ def with_summed_weights(model, dtype):
                 B = torch.stack([layer.B for layer in layers]).to(dtype)
             summed = torch.add(W0, B @ A, alpha=layers[0].scale).to(dtype)  # (L, d_out, d_in)
             for layer, weight in zip(layers, summed.unbind()):
-                layer.merged = weight  # unlike merge's, with gradients, which reach A and B
+                layer.merged = weight
         try:
             return model(*inputs)
         finally:
@@ -607,15 +608,15 @@ class Recorded:
 
     def __call__(self, rows, width, padded):
         shape = len(rows), width, padded
-        if shape not in self.seen:
+        if shape not in self.seen:  # a shape's first call
             self.seen.add(shape)
             return self.warm_up(rows, width, padded)
-        if shape not in self.graphs:
+        if shape not in self.graphs:  # its second, which is recorded, then replayed as all others
             self.graphs[shape] = self.record(rows, width, padded)
         graph, input_rows, loss = self.graphs[shape]
         input_rows.copy_(rows)
         graph.replay()
-        return loss  # valid until the next replay
+        return loss  # until another replay, which may use the same memory
 
     def warm_up(self, rows, width, padded):
         """Take the step on a side stream, as CUDA requires before it records one of this shape."""

@@ -91,8 +91,8 @@ def verified_encoder(checkpoint, name=None):
     return folder
 
 
-def resume(checkpoint, model, optimizer):
-    """Put the last epoch's weights and the optimizer's state back."""
+def restore_last_epoch(checkpoint, model, optimizer):
+    """Put the last epoch's weights into the model, and the optimizer's state back."""
     copy_tensors(checkpoint["last"], trained_tensors(model))
     [group], state = optimizer.param_groups, checkpoint["optimizer"]
     for i, p in enumerate(group["params"]):

@@ -39,6 +39,12 @@ HF_NAMES = {
     "mpnet": NAMES | {ours: mpnet for ours, (_, mpnet) in ATTENTION.items()} |
              {"head": "classifier"},
 }
+WEIGHTS = "model.safetensors", "pytorch_model.bin"
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}
 
 
 def hf_name(name, model_type):
@@ -140,9 +146,6 @@ def find(name):
                             f"NAME` fetches a model.")
 
 
-WEIGHTS = "model.safetensors", "pytorch_model.bin"
-
-
 def weights_file(path):
     """The file in the folder `path` that holds the weights."""
     for name in WEIGHTS:
@@ -150,13 +153,6 @@ def weights_file(path):
             return Path(path) / name
     raise FileNotFoundError(f"{path} has neither {' nor '.join(WEIGHTS)}; "
                             f"sharded weights are not supported")
-
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
-}
 
 
 def read_safetensors(file):

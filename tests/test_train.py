@@ -393,7 +393,7 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
     )
     (moved / "train.tsv").write_text("text\tlabel\na\tx\nb\ty\n")
     (moved / "dev.tsv").unlink()
-    assert "was trained on other rows of" in fails(
+    assert "was trained on other rows" in fails(
         ["--eval_only", "ckpt.pt", "--task", "moved"], capsys
     )
 
