@@ -9,8 +9,8 @@ al. 2024, arXiv:2403.14946, section 3). Those of two layers are compared by the 
 phi of the LoRA paper (Hu et al. 2022, arXiv:2106.09685, section 7.2): 0 for orthogonal subspaces, 1
 if one contains the other.
 
-In CondLoRA they are the same in every layer with a square W0: C_A = W0^-1 W0 theta_A^T = theta_A^T.
-The question there is how similar A and B are, which one pair of thetas makes from different W0. So:
+In CondLoRA C_A and C_B are the same in every layer: C_A = W0^-1 W0 theta_A^T = theta_A^T (W0 being
+square). There the question is how similar the A and B are that one theta makes from different W0.
 
             compared          control, which the paper lacks
 LoRA        C_A, C_B, C_BA    untrained A and B, through the same W0^-1: what W0 does by itself
@@ -38,8 +38,8 @@ DRAWS = 100  # of each random baseline
 def inverse_of(W0):
     """W0's inverse (..., d_in, d_out), condition number (...), and whether it is invertible (...).
 
-    If W0 (..., d_out, d_in) is rectangular or singular, the inverse is the pseudo-inverse, which
-    gives least-squares solutions, and the smallest of these.
+    If W0 (..., d_out, d_in) is rectangular or singular, it is the pseudo-inverse, which gives the
+    least-squares solution of smallest norm.
     """
     U, S, Vh = torch.linalg.svd(W0, full_matrices=False)
     tolerance = max(W0.shape[-2:]) * torch.finfo(W0.dtype).eps
@@ -53,8 +53,8 @@ def conversion_matrices(W0, A, B, inverse=None):
     """{"A": C_A (d, r), "B": C_B (d, r), "BA": C_BA (d, d)}, float64, of one layer or of a stack.
 
     For W0 (d_out, d_in), A (r, d_in), B (d_out, r):  W0 C_A = A^T,  W0 C_B = B,  W0 C_BA = B A,
-    by least squares if W0 is not invertible; but W0^T C_A = A^T with C_A (d_out, r) if W0 is
-    rectangular, as condlora.convert has it. `inverse` is W0's, for callers that have it.
+    by least squares if W0 is not invertible. For a rectangular W0, condlora.convert has W0^T in A:
+    there W0^T C_A = A^T, C_A (d_out, r). `inverse` is W0's, for callers that have it.
     """
     W0, A, B = (torch.as_tensor(x).double() for x in (W0, A, B))
     if inverse is None:
@@ -137,18 +137,17 @@ class Target(NamedTuple):
         return self.factors | {f"C_{name}": C for name, C in self.conversions.items()}
 
     def untrained(self, rng):
-        """The same layers with new A and B, or in CondLoRA with those that new thetas make.
+        """The same layers with new A and B, or in CondLoRA with those that new thetas make."""
+        thetas = self.thetas and new_factors(*self.thetas, rng)
+        A, B = convert(self.W0, *thetas) if thetas else new_factors(self.A, self.B, rng)
+        return self._replace(A=A, B=B, thetas=thetas)
 
-        The first of the two is uniform, as adapt draws A and theta_A; the second is Gaussian, since
-        adapt's zeros span nothing.
-        """
-        first, second = self.thetas or (self.A, self.B)
-        bound = 1 / math.sqrt(first.shape[-1])  # of kaiming_uniform_ with a = sqrt(5)
-        new_first = torch.empty(first.shape, dtype=torch.float64)
-        new_first = new_first.uniform_(-bound, bound, generator=rng).to(first.device)
-        new = new_first, gaussian(second.shape, rng, second.device)
-        A, B = convert(self.W0, *new) if self.thetas else new
-        return self._replace(A=A, B=B)
+
+def new_factors(A, B, rng):
+    """New A and B, or thetas: A as adapt draws it, B Gaussian, since adapt's zeros span nothing."""
+    bound = 1 / math.sqrt(A.shape[-1])  # kaiming_uniform_'s with a = sqrt(5)
+    new_A = torch.empty(A.shape, dtype=torch.float64).uniform_(-bound, bound, generator=rng)
+    return new_A.to(A.device), gaussian(B.shape, rng, B.device)
 
 
 def gaussian(shape, rng, device):
@@ -160,21 +159,23 @@ def gaussian(shape, rng, device):
 def similarity_maps(matrices, A, i, j, side):
     """{"A", "B", "BA": phi of every pair of layers, (L, L)}, less the maps that say nothing.
 
-    matrices is {"A": A^T, "B": B} or {"A": C_A, "B": C_B}. The third is B A, or C_BA = C_B A.
-    With i = j = r there is no BA on the left side, and nothing else on the right.
+    matrices is {"A": A^T, "B": B} or {"A": C_A, "B": C_B}; BA is B A, or C_BA = C_B A.
+
+    left, i = j = r (the default)   A and B. All r left vectors of BA span what those of B do
+    right, i or j = r               BA. The r right vectors of A or B have r entries: phi is 1
+    else                            all three
     """
     vectors = {name: singular_vectors(matrices[name], side) for name in "AB"}
     left, S, right = thin_svd(matrices["B"], A)
-    # With i = j = r, all of BA's left vectors span what all of B's do: its map is B's.
     if side == "right" or not i == j == S.shape[-1]:
         vectors["BA"] = left if side == "left" else right
-    # As many vectors as they have entries span everything (r right vectors of A or B): phi is 1.
     return {name: phi(X[:, None], X[None], i, j)  # (L, 1, ...) and (1, L, ...) give (L, L)
             for name, X in vectors.items() if max(i, j) < X.shape[-2]}
 
 
 def similarity(target, i, j, side):
-    """{"A", "B", "BA": a row}, a row a dict. Its phis are means over pairs of layers:
+    """{"A", "B", "BA": a row}, a row a dict. Its phis are means over pairs of layers. Control and
+    random are for comparison with trained, raw_random with raw.
 
     trained              of what is compared
     control              the same with untrained factors: (mean, sd) of many draws
@@ -225,7 +226,7 @@ def mean_and_deviation(values):
 
 def z_score(value, baseline):
     mean, deviation = baseline
-    # If all layers share one W0 (ALBERT), CondLoRA's phi is 1 and its deviation is rounding.
+    # If all layers have the same W0, CondLoRA's phi is 1, and its deviation is rounding.
     return (value - mean) / deviation if deviation > 1e-9 else 0.0
 
 
@@ -254,7 +255,7 @@ def comparison(one, two, i, j):
 def amplification(target):
     """{"own", "random": one factor per layer}: ||dW|| / ||U^T W0 V|| (Hu et al. 2022, section 7.3).
 
-    U and V are dW's own singular vectors, or random ones, of which the mean ||U^T W0 V|| is taken.
+    U and V are dW's own singular vectors, or random ones (then ||U^T W0 V|| is a mean).
     A large factor along its own says that dW adds what W0 has little of.
     """
     rng = torch.Generator().manual_seed(1)
@@ -274,7 +275,7 @@ def amplification(target):
 
 
 def theta_deviation(target):
-    """How far C_A and C_B are from theta^T, relative to its largest entry; by rounding only."""
+    """How far C_A and C_B are from theta^T, relative to its largest entry, which is rounding."""
     C = target.conversions
     return max(((C[name] - theta.T).abs().max() / theta.abs().max()).item()
                for name, theta in zip("AB", target.thetas))
@@ -314,11 +315,11 @@ def verdict(table, is_condlora):
     more = [name for name, row in rows.items() if row["z"] > 3]
     less = [name for name, row in rows.items() if row["z"] < -3]
     raw = [name for name, row in rows.items() if row["raw_z"] > 3]
-    # PEFT's files do not tell CondLoRA from LoRA: it is known by theta^T in every layer, phi = 1.
+    # A CondLoRA adapter exported to PEFT is read as LoRA. It has theta^T in every layer: phi is 1.
     same = [name for name in more if rows[name]["trained"] > 0.99 and not is_condlora]
     more = [name for name in more if name not in same]
     findings = {
-        "All layers have the same conversion matrices, by construction": same,
+        "All layers have the same conversion matrices, as in CondLoRA by construction": same,
         "Beyond the control by more than 3 sd": more,
         "No row exceeds its control by 3 sd":
             [] if same or more else ["no similarity beyond what W0 produces"],
@@ -337,7 +338,7 @@ def print_tables(result, file, compared_file, verbose):
         print(f"rectangular or singular, so by least squares: {', '.join(inexact)}")
     for name, deviation in result.get("theta", {}).items():
         if name not in inexact:
-            print(f"{name}: every layer's conversion matrices are theta^T, to {deviation:.0e}")
+            print(f"{name}: in every layer C_A and C_B are theta^T, to {deviation:.0e}")
     print()
     if "compare" in result:
         print(f"Similarity of {file} to {compared_file}, layer by layer\n(mean φ of left "

@@ -76,7 +76,7 @@ class AdaptedLinear(nn.Linear):
 
     def delta(self):
         """dW = s B A, (d_out, d_in), in float32 or wider: bfloat16 would lose small updates."""
-        with torch.autocast(self.weight.device.type, enabled=False):  # which narrows products
+        with torch.autocast(self.weight.device.type, enabled=False):  # it would narrow the product
             A, B = self.factors()
             wide = torch.promote_types(A.dtype, torch.float32)
             return self.scale * B.to(wide) @ A.to(wide)
@@ -99,8 +99,8 @@ class LoRALinear(AdaptedLinear):
 class CondLoRALinear(AdaptedLinear):
     """Has no factors of its own: a Conversion makes them from M, this layer's W0 or a control's.
 
-    Layers share a Conversion. Only the first, its owner, registers it as a submodule, which moves
-    and saves it for all: safetensors and Hugging Face's Trainer refuse a tensor under two names.
+    Layers share a Conversion. Only the first, its owner, has it as a submodule, and so moves and
+    saves it for all: safetensors and Hugging Face's Trainer refuse a tensor under two names.
     """
 
     def start(self, settings, owner, generator):
@@ -108,8 +108,8 @@ class CondLoRALinear(AdaptedLinear):
         if owner is self:
             self.conversion = Conversion(self.weight, settings["rank"])
         else:
-            object.__setattr__(self, "conversion", owner.conversion)  # without registering it
-        self.register_buffer("random", None)  # in the state dict, so that it is complete
+            object.__setattr__(self, "conversion", owner.conversion)  # but not as a submodule
+        self.register_buffer("random", None)
         if settings["method"] == "random":  # Gaussian, with W0's mean square
             W0 = self.weight.detach().float()
             noise = torch.randn(W0.shape, generator=generator, device="cpu")
@@ -212,16 +212,16 @@ def load_adapter(model, file):
         saved = torch.load(file, map_location="cpu", weights_only=True)
         theirs, weights = saved["settings"] | {"layers": saved["layers"]}, saved["weights"]
         if not adapted_layers(model):
-            names = "method", "targets", "rank", "alpha", "seed"  # train.py's has more settings
+            names = "method", "targets", "rank", "alpha", "seed"  # train.py's file has more
             adapt(model, **{name: theirs[name] for name in names})
         ours = settings_of(model) | {"layers": list(adapted_layers(model))}
         seed = ["seed"] if theirs["method"] == "random" else []
         for name in ["method", "rank", "alpha", "layers", *seed]:  # layers tell the targets
             refuse(theirs[name] != ours[name],
                    f"{name} is {theirs[name]!s:.80}, in the model {ours[name]!s:.80}")
-        # The file must have what trains in the model, and may have what is frozen there (a head).
-        in_file = {name: p for name, p in model.named_parameters() if name in weights}
-        copy_tensors(weights, trained_tensors(model) | in_file)  # raises if names differ
+        # Must be in the file: what trains in the model. May be: what is frozen there (a head).
+        may = {name: p for name, p in model.named_parameters() if name in weights}
+        copy_tensors(weights, trained_tensors(model) | may)  # raises if names or shapes differ
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load alone raises half a dozen types

@@ -4,7 +4,7 @@
     logits = model(input_ids, token_type_ids, attention_mask)       # (B, n_out)
 
 BERT: Devlin et al. 2019, arXiv:1810.04805. RoBERTa: Liu et al. 2019, arXiv:1907.11692; its
-positions start elsewhere, and its classification head has a different structure. MPNet: Song et al.
+positions start elsewhere, and its classification head has one more dropout. MPNet: Song et al.
 2020, arXiv:2004.09297; it is RoBERTa with a relative position bias on the attention scores and
 without token types. data/pretrained.py reads Hugging Face's weights into it.
 
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         self.dropout = config.attention_probs_dropout_prob
 
     def forward(self, x, context, mask):
-        """x (B, t, d) attends to context (B, T, d), which is x itself but in the last layer.
+        """x (B, t, d) attends to context (B, T, d), which is x itself, or has x first: see Layer.
 
         mask is added to the scores, and broadcast to (B, nh, t, T); or it is None.
         """
@@ -88,7 +88,7 @@ class Layer(nn.Module):
     def forward(self, x, context, mask):
         """New states (B, t, d) of the positions x (B, t, d), which attend to context (B, T, d).
 
-        x is context, but in the last layer its first position alone (t = 1), which the head reads.
+        x is context; or in the last layer, with encode's first_only, its first position (t = 1).
         """
         # Post-layer-norm: each norm comes after the sum.
         x = self.norm1(x + self.dropout(self.attention(x, context, mask)))
@@ -131,7 +131,7 @@ def relative_buckets(offset):
     """The bucket of key position - query position (T5's rule: Raffel et al. 2020, section 2.1).
 
     Buckets 0 to 15 are for keys before the query or at it, 16 to 31 for keys after it. In each half
-    the distances 0 to 7 have a bucket each. Farther ones share buckets 8 to 15, whose width grows
+    the distances up to 7 have a bucket each. Farther ones share the other 8, whose width grows
     logarithmically: distance 8 is in bucket 8, 16 in 10, 32 in 12, 64 in 14, 91 and more in 15.
     """
     distance = offset.abs()
@@ -203,7 +203,7 @@ class Transformer(nn.Module):
             return last(x, x, mask)
         if mask is not None:
             mask = mask[:, :, :1]  # (B, 1, 1, T) as it is, or the first query's (..., nh, 1, T)
-        # Contiguous: a slice would keep all positions in memory.
+        # A copy: through a slice autograd would keep all positions.
         return last(x[:, :1].contiguous(), x, mask)
 
     def score_mask(self, T, attention_mask, x):

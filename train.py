@@ -27,8 +27,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 import numpy as np
 import torch
 import torch.distributed as dist
-# AdamW would import this later; if that is after init_process_group, the process group is kept
-# alive and the program ends with a warning.
+# AdamW imports this if nothing else has; after init_process_group, that ends in a warning.
 import torch.distributed.nn
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -54,7 +53,7 @@ TOY = {"epochs": 14, "batch_size": 32,
 GLUE = {"epochs": 20, "batch_size": 16,
         "lr": dict.fromkeys(METHODS, 1e-3) | {"full": 3e-5, "head": 2e-3}}
 COUNT = 1, 10 ** 9
-LIMITS = {  # of options
+LIMITS = {  # of options: from, to
     "rank": COUNT, "epochs": COUNT, "batch_size": COUNT, "max_len": COUNT, "pretrain_steps": COUNT,
     "patience": (0, 10 ** 9), "seed": (0, 2 ** 32 - 1), "warmup": (0, 1), "alpha": (1e-30, 1e30),
     "lr": (1e-30, 1e30), "weight_decay": (0, 1e30), "grad_clip": (0, 1e30),
@@ -67,9 +66,9 @@ def train(model, forward, data, metrics, args, ckpt):
     """Train for args.epochs epochs, or to resume, for those that ckpt["history"] lacks.
 
     forward(*inputs) gives logits: it is the model, or what `prepare` makes of it. data["train"] and
-    data["validation"] are Encoded: texts as padded token ids, on the device. A batch of rows of
-    about the same length is (rows, width, padded): ([7, 2, 9], 24, True) is rows 7, 2 and 9, cut at
-    24 tokens, which some of them do not fill.
+    data["validation"] are Encoded: texts as padded token ids, on the device, each row's tokens in
+    `widths`. A batch of rows of similar width is (rows, width, padded): ([7, 2, 9], 24, True) is
+    rows 7, 2 and 9, cut at 24 tokens, of which some have fewer, so that a mask is needed.
 
     ckpt, a dict, is the checkpoint. Each epoch appends to its "history", replaces "last" (what
     trains) and "optimizer", and, if it is the best so far, "weights" and "best_epoch".
@@ -77,7 +76,7 @@ def train(model, forward, data, metrics, args, ckpt):
     split, history = data["train"], ckpt["history"]
     device, n = split.labels.device, len(split.labels)
     optimizer = make_optimizer(model, args)
-    if history:  # load_model gave it the best epoch's weights
+    if history:  # resumed; load_model has put the best epoch's weights into the model
         with reading(args.resume):  # errors name the file
             checkpoint.restore_last_epoch(ckpt, model, optimizer)
     step = make_step(forward, split, optimizer, args.grad_clip)
@@ -163,8 +162,8 @@ def sum_over_processes(tensor):
 def make_optimizer(model, args):
     parameters = [p for p in model.parameters() if p.requires_grad]
     on_cuda = parameters[0].is_cuda
-    # Recorded, at the end, replays a step, in which only what tensors hold can change: so the rate
-    # is a tensor, which AdamW takes without foreach, and on CUDA its state is on the GPU.
+    # A CUDA graph (Recorded, at the end) freezes Python's numbers. So the rate is a tensor, which
+    # AdamW takes without foreach, and with capturable its count of steps is one, too.
     lr = torch.tensor(args.lr, device=parameters[0].device)
     return torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay, foreach=False,
                              fused=on_cuda, capturable=on_cuda)
@@ -231,11 +230,11 @@ def text_of(scores):
 def load_task(args, ckpt):
     """({"train", "validation", "test": Split(texts, labels)}, metrics(predictions, labels), about)
 
-    Validation is a tenth of train.tsv, test is dev.tsv. `about` has a checkpoint's entries that
-    describe the data. Raises ValueError if `ckpt` was trained on others.
+    Of GLUE, validation is a tenth of train.tsv, and test is dev.tsv. `about` has a checkpoint's
+    entries that describe the data. Raises ValueError if those of `ckpt` are others.
     """
     file = args.resume or args.eval_only
-    with reading(file):
+    with reading(file):  # errors name it, if there is one
         if args.task == "toy":
             splits, classes, metrics = toy.load(), ("0", "1"), glue.accuracy
         else:
@@ -248,7 +247,7 @@ def load_task(args, ckpt):
     fixed = ("classes", "n_texts", "data") if args.resume else ("classes", "n_texts")
     changed = [name for name in fixed if ckpt and ckpt[name] != about[name]]
     if changed:
-        raise ValueError(f"{file} was trained on other rows: {', '.join(changed)} changed")
+        raise ValueError(f"{file} was trained on other data: {', '.join(changed)} changed")
     if IS_MASTER and os.path.isabs(args.task) and glue.look_like_scores(classes):  # own data
         print(f"{len(classes)} labels, all numbers: if they are scores, add --regression")
     return splits, metrics, about
@@ -338,7 +337,7 @@ def train_and_report(args, ckpt, device):
 
 
 def new_checkpoint(args, about, folder, model):
-    """What a checkpoint holds before the first epoch: `train` adds weights and metrics."""
+    """What a checkpoint holds before the first epoch; `train` adds the rest."""
     settings = {name: getattr(args, name) for name in checkpoint.SETTINGS}
     encoder = {"path": str(folder.resolve()), "sha256": checkpoint.sha256(folder)}
     return about | {"settings": settings, "encoder": encoder, "history": [],
@@ -410,7 +409,7 @@ def arguments(argv):
         ckpt = checkpoint.load(file)
         settings = {name: ckpt["settings"][name] for name in checkpoint.SETTINGS}
         parser.set_defaults(**settings, out=file)
-        args = parser.parse_args(argv)  # what is left out now has the checkpoint's value
+        args = parser.parse_args(argv)  # what now differs from the settings was typed
     has_moved = os.path.isabs(args.task) and os.path.isabs(settings.get("task", ""))  # own folders
     may_change = {"data_dir": True, "task": has_moved, "dtype": bool(args.eval_only)}
     for name, value in settings.items():
@@ -489,7 +488,7 @@ def settle(args, device):
     if args.regression and not os.path.isabs(args.task):
         raise ValueError(f"--regression is for your own data, --task is {args.task}")
     if IS_MASTER and not args.eval_only:
-        # A file that exists is replaced if these bytes tell that a training run wrote it.
+        # A file that exists is replaced only if it begins like torch.save's, or like a history.
         check_outputs({"--out": (args.out, b"data.pkl"), "--history": (args.history, b'{"epoch"')})
         if args.out.exists() and not args.resume:
             print(f"{args.out} will be replaced after the first epoch")
@@ -522,9 +521,9 @@ def main(argv=None):
 def prepare(model, args, device):
     """forward(*inputs) that gives the model's logits fast; changes the model in place.
 
-    float32                   the model as it is; on CUDA with_summed_weights
-    bfloat16                  the same; weights become bfloat16 that neither train nor are a W0
-    bfloat16, --method full   autocast, since everything trains
+    float32                  the model as it is; on CUDA with_summed_weights
+    bfloat16                 with_summed_weights; frozen weights become bfloat16, except W0's
+    bfloat16, --method full  autocast, since everything trains
     """
     bfloat16 = args.dtype == "bfloat16"
     if device.type == "cuda":  # TF32 for the head, all else being bfloat16
@@ -545,11 +544,11 @@ def prepare(model, args, device):
 
 
 def stacks_of(model, dtype):
-    """[(layers, W0, conversion, M)]: the L adapted layers of each shape and Conversion, stacked.
+    """[(layers, W0, conversion, M)], stacks of adapted layers.
 
-    layers      the L layers, whose weights are views of W0 from now on
+    layers      L layers of one shape and Conversion, whose weights are views of W0 from now on
     W0          (L, d_out, d_in), float32
-    conversion  CondLoRA's or a control's; None in LoRA
+    conversion  CondLoRA's or a control's; None in LoRA, where all layers of a shape are a stack
     M           (L, d_out, d_in), a copy of the layers' M in `dtype`; None in LoRA and for "tied"
     """
     groups = {}
@@ -571,8 +570,9 @@ def with_summed_weights(model, dtype):
     """forward(*inputs) in which an adapted layer computes x (W0 + dW)^T: one product, not three.
 
     The thin products with A and B are memory-bound on a GPU. Here a few products give every layer's
-    B A, in `dtype`. W0 + dW is summed in float32, where small updates are not lost, then rounded; a
-    layer has it as `merged` during the call, and gradients reach A and B through it.
+    B A, in `dtype`. W0 + dW is summed in float32 and rounded once, so that even an update too small
+    for `dtype` changes some entries, those about to round up or down. Layers have the sum as
+    `merged` during the call; gradients reach A and B through it.
     """
     stacks = stacks_of(model, dtype)
 
@@ -619,7 +619,7 @@ class Recorded:
         return loss  # until another replay, which may use the same memory
 
     def warm_up(self, rows, width, padded):
-        """Take the step on a side stream, as CUDA requires before it records one of this shape."""
+        """Take the step on a side stream, as PyTorch asks before a capture."""
         stream, usual = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(usual)
         with torch.cuda.stream(stream):

@@ -310,7 +310,7 @@ def test_colours_run_over_the_scale_and_stop_at_its_ends():
 def test_a_condlora_checkpoint_has_one_conversion_matrix_in_every_layer(checkpoint, capsys):
     out = run(capsys, checkpoint("condlora"), "--json", "out.json")
     assert all(deviation < 1e-9 for deviation in json.load(open("out.json"))["theta"].values())
-    assert "query: every layer's conversion matrices are theta^T, to" in out
+    assert "query: in every layer C_A and C_B are theta^T, to" in out
 
 
 def test_two_checkpoints_compare_in_either_order(checkpoint, capsys):
@@ -387,7 +387,7 @@ def test_the_verdict_names_what_is_beyond_its_control_and_what_is_the_same_by_co
     text = say(A=row(z=3.1), B=row(z=-4.0, raw_z=20.0))
     assert "Beyond the control by more than 3 sd: value A." in text
     assert "exceed random by more than 3 sd: value B." in text
-    assert "the same conversion matrices, by construc" in say(A=row(trained=1.0, z=165.0))
+    assert "conversion matrices, as in CondLoRA by con" in say(A=row(trained=1.0, z=165.0))
     assert "Beyond the control" not in say(A=row(trained=1.0, z=165.0))
     assert "by construction" not in say(A=row(trained=0.995, z=1.2))  # as in a small space
 
@@ -395,7 +395,7 @@ def test_the_verdict_names_what_is_beyond_its_control_and_what_is_the_same_by_co
 def test_an_exported_condlora_is_known_for_what_it_is(checkpoint, capsys, tmp_path, bert_folder):
     train.main(["--eval_only", str(checkpoint("condlora")), "--export", str(tmp_path / "peft")])
     out = run(capsys, tmp_path / "peft", "--init_from", bert_folder)
-    finding = "All layers have the same conversion matrices, by construction: query A, query B,"
+    finding = "All layers have the same conversion matrices, as in CondLoRA by construction: query"
     assert finding in out and finding in (tmp_path / "peft.svg").read_text()
 
 

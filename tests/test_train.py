@@ -228,7 +228,7 @@ def test_a_run_is_not_resumed_with_other_rows(little, capsys, tmp_path):
     file = tmp_path / "glue/SST-2/train.tsv"
     good = file.read_text()
     file.write_text(good.replace("\t0\n", "\t1\n", 1))
-    assert "ckpt.pt was trained on other rows" in fails(["--resume", "ckpt.pt"], capsys)
+    assert "ckpt.pt was trained on other data" in fails(["--resume", "ckpt.pt"], capsys)
     run(["--eval_only", "ckpt.pt"], capsys)  # it may be evaluated
 
 
@@ -393,7 +393,7 @@ def test_a_folder_of_ones_own_trains_and_predicts_labels_by_name(
     )
     (moved / "train.tsv").write_text("text\tlabel\na\tx\nb\ty\n")
     (moved / "dev.tsv").unlink()
-    assert "was trained on other rows" in fails(
+    assert "was trained on other data" in fails(
         ["--eval_only", "ckpt.pt", "--task", "moved"], capsys
     )
 
