@@ -12,9 +12,9 @@ if one contains the other.
 In CondLoRA C_A and C_B are the same in every layer: C_A = W0^-1 W0 theta_A^T = theta_A^T (W0 being
 square). There the question is how similar the A and B are that one theta makes from different W0.
 
-            compared          control, which the paper lacks
-LoRA        C_A, C_B, C_BA    untrained A and B, through the same W0^-1: what W0 does by itself
-CondLoRA    A, B, B A         untrained thetas
+            compared          control, which the paper lacks: what the W0 do by themselves
+LoRA        C_A, C_B, C_BA    untrained A and B, through the same W0^-1
+CondLoRA    A, B, B A         A and B of untrained thetas
 """
 
 import json
@@ -138,8 +138,11 @@ class Target(NamedTuple):
 
     def untrained(self, rng):
         """The same layers with new A and B, or in CondLoRA with those that new thetas make."""
-        thetas = self.thetas and new_factors(*self.thetas, rng)
-        A, B = convert(self.W0, *thetas) if thetas else new_factors(self.A, self.B, rng)
+        if self.thetas:
+            thetas = new_factors(*self.thetas, rng)
+            A, B = convert(self.W0, *thetas)
+        else:
+            thetas, (A, B) = (), new_factors(self.A, self.B, rng)
         return self._replace(A=A, B=B, thetas=thetas)
 
 
@@ -161,25 +164,23 @@ def similarity_maps(matrices, A, i, j, side):
 
     matrices is {"A": A^T, "B": B} or {"A": C_A, "B": C_B}; BA is B A, or C_BA = C_B A.
 
-    left, i = j = r (the default)   A and B. All r left vectors of BA span what those of B do
-    right, i or j = r               BA. The r right vectors of A or B have r entries: phi is 1
-    else                            all three
+    By default (left, i = j = r) A and B are left: all of BA's left vectors span what all of B's do.
     """
     vectors = {name: singular_vectors(matrices[name], side) for name in "AB"}
     left, S, right = thin_svd(matrices["B"], A)
     if side == "right" or not i == j == S.shape[-1]:
         vectors["BA"] = left if side == "left" else right
+    # phi is 1 if i or j is the vectors' length, as of the r right vectors of A and B.
     return {name: phi(X[:, None], X[None], i, j)  # (L, 1, ...) and (1, L, ...) give (L, L)
             for name, X in vectors.items() if max(i, j) < X.shape[-2]}
 
 
 def similarity(target, i, j, side):
-    """{"A", "B", "BA": a row}, a row a dict. Its phis are means over pairs of layers. Control and
-    random are for comparison with trained, raw_random with raw.
+    """{"A", "B", "BA": a row}, a row a dict. Its phis are means over pairs of layers:
 
     trained              of what is compared
     control              the same with untrained factors: (mean, sd) of many draws
-    random               Gaussian matrices of the same shapes: (mean, sd)
+    random               Gaussian matrices of the same shapes, for BA two multiplied: (mean, sd)
     z                    the z-score of trained against control
     raw                  of A^T, B and B A themselves, which in CondLoRA are what is compared
     raw_random, raw_z    Gaussian matrices of their shapes: (mean, sd); raw's z-score against it
@@ -188,7 +189,7 @@ def similarity(target, i, j, side):
     compared, factors = target.compared, target.factors
     maps_of = lambda matrices, A: similarity_maps(matrices, A, i, j, side)
     trained, raw = maps_of(compared, target.A), maps_of(factors, target.A)
-    names = [name for name in trained if name in raw]  # a rectangular W0 has other lengths
+    names = [name for name in trained if name in raw]  # C_A and A^T may differ in length
     if not names:
         raise ValueError(f"with --i {i} --j {j}, all directions, phi is 1 by definition: use less")
     drawn = {"control": [], "random": [], "raw_random": []}  # maps
@@ -231,32 +232,33 @@ def z_score(value, baseline):
 
 
 def comparison(one, two, i, j):
-    """{"A", "B", "C_A", "C_B": phi of one adapter's layer and the other's, mean over layers}.
+    """{"A", "B", "C_A", "C_B": a row} of phi of one adapter and the other, mean over layers.
 
-    Each row has "phi", and as (mean, sd) "control", of untrained factors, drawn separately for each
-    adapter, and "random", of Gaussian matrices.
+    "control" is (mean, sd) of untrained factors, drawn for each adapter, "random" of Gaussian ones.
     """
     rng = torch.Generator().manual_seed(2)
 
     def mean_phi(X, Y):  # (L, d, r) both
         return phi(singular_vectors(X, "left"), singular_vectors(Y, "left"), i, j).mean().item()
 
-    controls = [(one.untrained(rng).matrices, two.untrained(rng).matrices) for _ in range(DRAWS)]
+    control = {name: [] for name in one.matrices}
+    for _ in range(DRAWS):
+        x, y = one.untrained(rng).matrices, two.untrained(rng).matrices
+        for name, phis in control.items():
+            phis.append(mean_phi(x[name], y[name]))
     rows = {}
     for name, X in one.matrices.items():
-        control = [mean_phi(x[name], y[name]) for x, y in controls]
-        pairs = [gaussian((2, *X.shape), rng, X.device) for _ in range(DRAWS)]
-        random = [mean_phi(x, y) for x, y in pairs]
-        rows[name] = {"phi": mean_phi(X, two.matrices[name]),
-                      "control": mean_and_deviation(control), "random": mean_and_deviation(random)}
+        random = [mean_phi(*gaussian((2, *X.shape), rng, X.device)) for _ in range(DRAWS)]
+        rows[name] = {"phi": mean_phi(X, two.matrices[name]), "random": mean_and_deviation(random),
+                      "control": mean_and_deviation(control[name])}
     return rows
 
 
 def amplification(target):
     """{"own", "random": one factor per layer}: ||dW|| / ||U^T W0 V|| (Hu et al. 2022, section 7.3).
 
-    U and V are dW's own singular vectors, or random ones (then ||U^T W0 V|| is a mean).
-    A large factor along its own says that dW adds what W0 has little of.
+    U and V are dW's own singular vectors, or random ones (then ||U^T W0 V|| is a mean). A large
+    factor along its own says that dW adds what W0 has little of. The norms are Frobenius's.
     """
     rng = torch.Generator().manual_seed(1)
     U_dW, S, V_dW = thin_svd(target.scale * target.B, target.A)
@@ -269,13 +271,12 @@ def amplification(target):
         return torch.linalg.qr(gaussian((L, d, S.shape[1]), rng, S.device))[0]
 
     random = sum(norm_along(random_basis(d_out), random_basis(d_in)) for _ in range(DRAWS)) / DRAWS
-    norm = S.norm(dim=1)  # dW's
-    return {"own": (norm / norm_along(U_dW, V_dW)).nan_to_num().tolist(),
-            "random": (norm / random).nan_to_num().tolist()}
+    return {"own": (S.norm(dim=1) / norm_along(U_dW, V_dW)).nan_to_num().tolist(),
+            "random": (S.norm(dim=1) / random).nan_to_num().tolist()}
 
 
 def theta_deviation(target):
-    """How far C_A and C_B are from theta^T, relative to its largest entry, which is rounding."""
+    """How far C_A and C_B are from theta^T, relative to its largest entry, for square W0."""
     C = target.conversions
     return max(((C[name] - theta.T).abs().max() / theta.abs().max()).item()
                for name, theta in zip("AB", target.thetas))
@@ -318,14 +319,14 @@ def verdict(table, is_condlora):
     # A CondLoRA adapter exported to PEFT is read as LoRA. It has theta^T in every layer: phi is 1.
     same = [name for name in more if rows[name]["trained"] > 0.99 and not is_condlora]
     more = [name for name in more if name not in same]
+    nothing = [] if same or more else ["no similarity beyond what W0 produces"]
+    raw = [] if is_condlora else raw or ["nowhere"]
     findings = {
         "All layers have the same conversion matrices, as in CondLoRA by construction": same,
         "Beyond the control by more than 3 sd": more,
-        "No row exceeds its control by 3 sd":
-            [] if same or more else ["no similarity beyond what W0 produces"],
+        "No row exceeds its control by 3 sd": nothing,
         "Less similar than the control by more than 3 sd": less,
-        "Without W0^-1, A and B exceed random by more than 3 sd":
-            [] if is_condlora else raw or ["nowhere"],
+        "Without W0^-1, A and B exceed random by more than 3 sd": raw,
     }
     return [f"{finding}: {', '.join(names)}." for finding, names in findings.items() if names]
 
@@ -420,10 +421,9 @@ def stacked(layers, device):
         return torch.stack(matrices).double().to(device)
 
     every = list(layers.values())
-    conversions = {getattr(layer, "conversion", None) for layer in every}  # {None} in LoRA
-    if len(conversions) > 1:
+    conversion, *others = {getattr(layer, "conversion", None) for layer in every}  # None in LoRA
+    if others:
         raise ValueError(f"{', '.join(layers):.100} have different thetas: name them by one target")
-    [conversion] = conversions
     thetas = (conversion.theta_A, conversion.theta_B) if conversion else ()
     W0 = stack("W0", [layer.weight for layer in every])
     inverse, condition, is_exact = inverse_of(W0)

@@ -48,8 +48,8 @@ class Conversion(nn.Module):
     def __init__(self, W0, rank):
         super().__init__()
         d_out, d_in = W0.shape
-        self.theta_A = nn.Parameter(torch.empty(rank, d_out, device=W0.device))
-        self.theta_B = nn.Parameter(torch.zeros(rank, d_in, device=W0.device))
+        self.theta_A = nn.Parameter(torch.empty(rank, d_out, device=W0.device).float())
+        self.theta_B = nn.Parameter(torch.zeros(rank, d_in, device=W0.device).float())
         # nn.Linear's default initialization. Zeros in theta_B make B and dW start at zero.
         nn.init.kaiming_uniform_(self.theta_A, a=math.sqrt(5))
 
@@ -76,7 +76,7 @@ class AdaptedLinear(nn.Linear):
 
     def delta(self):
         """dW = s B A, (d_out, d_in), in float32 or wider: bfloat16 would lose small updates."""
-        with torch.autocast(self.weight.device.type, enabled=False):  # it would narrow the product
+        with torch.autocast(self.weight.device.type, enabled=False):  # or it would be narrowed
             A, B = self.factors()
             wide = torch.promote_types(A.dtype, torch.float32)
             return self.scale * B.to(wide) @ A.to(wide)
@@ -88,8 +88,8 @@ class LoRALinear(AdaptedLinear):
     def start(self, settings):
         super().start(settings)
         (d_out, d_in), rank, device = self.weight.shape, settings["rank"], self.weight.device
-        self.A = nn.Parameter(torch.empty(rank, d_in, device=device))
-        self.B = nn.Parameter(torch.zeros(d_out, rank, device=device))
+        self.A = nn.Parameter(torch.empty(rank, d_in, device=device).float())
+        self.B = nn.Parameter(torch.zeros(d_out, rank, device=device).float())
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def factors(self):
@@ -219,14 +219,14 @@ def load_adapter(model, file):
         for name in ["method", "rank", "alpha", "layers", *seed]:  # layers tell the targets
             refuse(theirs[name] != ours[name],
                    f"{name} is {theirs[name]!s:.80}, in the model {ours[name]!s:.80}")
-        # Must be in the file: what trains in the model. May be: what is frozen there (a head).
-        may = {name: p for name, p in model.named_parameters() if name in weights}
-        copy_tensors(weights, trained_tensors(model) | may)  # raises if names or shapes differ
+        # All that trains in the model must be in the file; what is frozen (a head) may be there.
+        in_file = {name: p for name, p in model.named_parameters() if name in weights}
+        copy_tensors(weights, trained_tensors(model) | in_file)
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load alone raises half a dozen types
         kind = type(error).__name__
-        reason = str(error) if kind == "ValueError" else f"it is of another kind ({kind})"
+        reason = str(error) if kind == "ValueError" else f"reading it failed ({kind})"
         raise ValueError(f"{file} holds no adapter of this model: {reason:.200}") from error
     for layer in adapted_layers(model).values():
         if layer.merged is not None:
@@ -259,11 +259,11 @@ def settings_of(model):
 
 def adapter_parameters(model):
     """The adapter's parameters, each theta once; ValueError if a Conversion's owner was removed."""
-    modules, parameters = set(model.modules()), []
+    present, parameters = {None, *model.modules()}, []
     for name, layer in adapted_layers(model).items():
         conversion = getattr(layer, "conversion", None)  # None in LoRA
-        refuse(conversion and conversion not in modules, f"the layer that holds {name}'s thetas "
-               f"was removed from the model: keep the first layer of each target and shape")
+        refuse(conversion not in present, f"the layer that holds {name}'s thetas was removed from "
+               f"the model: keep the first layer of each target and shape")
         # "A" and "B"; or an owner's "conversion.theta_A" and "conversion.theta_B".
         parameters += [p for key, p in layer.named_parameters() if key not in ("weight", "bias")]
     return parameters
@@ -281,7 +281,7 @@ def target_of(name, targets):
 
 
 def find_linears(model, method, targets, rank, alpha):
-    """{name: nn.Linear} to adapt. ValueError, also for subclasses, which may compute otherwise."""
+    """{name: nn.Linear} to adapt. ValueError if it is a subclass, which may compute otherwise."""
     refuse(method not in METHODS, f"method is {method!r}: use {', '.join(METHODS)}")
     refuse(not 0 < alpha < math.inf, f"alpha is {alpha}: it must be a positive number")
     refuse(not targets, "targets is empty: name the linear layers to adapt")

@@ -5,7 +5,7 @@
     python train.py --task mrpc --init_from roberta-base     # GLUE
     python train.py --task FOLDER --init_from roberta-base   # your own train.tsv and dev.tsv
     python train.py --eval_only ckpt.pt                      # evaluate a checkpoint
-    python train.py --eval_only ckpt.pt --predict FILE       # a label or a score for each line
+    python train.py --eval_only ckpt.pt --predict FILE       # a label and its probability a line
 
 Protocol of the CondLoRA paper (Kim et al. 2024, section 4): a tenth of the training set is held
 out and chooses the epoch; GLUE's dev set, seen once at the end, is the test. The first three parts
@@ -66,8 +66,8 @@ def train(model, forward, data, metrics, args, ckpt):
     """Train for args.epochs epochs, or to resume, for those that ckpt["history"] lacks.
 
     forward(*inputs) gives logits: it is the model, or what `prepare` makes of it. data["train"] and
-    data["validation"] are Encoded: texts as padded token ids, on the device, each row's tokens in
-    `widths`. A batch of rows of similar width is (rows, width, padded): ([7, 2, 9], 24, True) is
+    data["validation"] are Encoded: texts as padded token ids, on the device; each row's width is
+    its number of tokens, or a bit more. A batch is (rows, width, padded): ([7, 2, 9], 24, True) is
     rows 7, 2 and 9, cut at 24 tokens, of which some have fewer, so that a mask is needed.
 
     ckpt, a dict, is the checkpoint. Each epoch appends to its "history", replaces "last" (what
@@ -89,13 +89,13 @@ def train(model, forward, data, metrics, args, ckpt):
         if history and 0 < args.patience <= len(history) - best_of(history)["epoch"]:
             break
         model.train()
-        # Seeds by epoch, so that a resumed run is the same: each process has its own dropout, and
-        # all have the same order of rows.
+        # Seeded by epoch, so that a resumed run is the same; dropout also by process.
         dropout_seed = np.random.default_rng([args.seed, epoch, PROCESS]).integers(2 ** 63)
         torch.manual_seed(int(dropout_seed))
-        order = shuffled(split.widths, args.batch_size, [args.seed, epoch])
+        # Each batch's row numbers: rows of similar width together, batches in random order.
+        row_lists = shuffled(split.widths, args.batch_size, [args.seed, epoch])
         began, loss_sum = time.perf_counter(), torch.zeros((), device=device)
-        for rows, width, padded in split.batches(order):
+        for rows, width, padded in split.batches(row_lists):
             lr = args.lr * schedule(done, steps, args.warmup)
             optimizer.param_groups[0]["lr"].fill_(lr)  # a tensor: see make_optimizer
             loss_sum += step(rows, width, padded)
@@ -129,7 +129,7 @@ def make_step(forward, split, optimizer, grad_clip):
     [group] = optimizer.param_groups
 
     def step(rows, width, padded):
-        # All rows, if there is one process. If a share is empty, its loss and gradients are 0.
+        # This process's rows: all, if it is the only one; or none, which give a loss of 0.
         share = rows[PROCESS::PROCESSES]
         inputs, labels = split.batch(share, width, padded)
         loss = summed_loss(forward(*inputs), labels)
@@ -162,8 +162,8 @@ def sum_over_processes(tensor):
 def make_optimizer(model, args):
     parameters = [p for p in model.parameters() if p.requires_grad]
     on_cuda = parameters[0].is_cuda
-    # A CUDA graph (Recorded, at the end) freezes Python's numbers. So the rate is a tensor, which
-    # AdamW takes without foreach, and with capturable its count of steps is one, too.
+    # A CUDA graph (Recorded, at the end) repeats Python's numbers, so the rate has to be a tensor,
+    # which AdamW takes unless foreach is on. capturable makes its count of steps a tensor as well.
     lr = torch.tensor(args.lr, device=parameters[0].device)
     return torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay, foreach=False,
                              fused=on_cuda, capturable=on_cuda)
@@ -230,8 +230,8 @@ def text_of(scores):
 def load_task(args, ckpt):
     """({"train", "validation", "test": Split(texts, labels)}, metrics(predictions, labels), about)
 
-    Of GLUE, validation is a tenth of train.tsv, and test is dev.tsv. `about` has a checkpoint's
-    entries that describe the data. Raises ValueError if those of `ckpt` are others.
+    A text is a tuple of one or two sentences. Of GLUE, validation is a tenth of train.tsv, and test
+    is dev.tsv. `about` has a checkpoint's entries on the data: ValueError if `ckpt` has others.
     """
     file = args.resume or args.eval_only
     with reading(file):  # errors name it, if there is one
@@ -243,7 +243,7 @@ def load_task(args, ckpt):
     rows = json.dumps([splits["train"], splits["validation"]]).encode()
     about = {"task": args.task, "classes": list(classes), "n_texts": len(splits["train"].texts[0]),
              "data": hashlib.sha256(rows).hexdigest()}
-    # A model can be evaluated on other rows, but not trained further.
+    # Other rows will do to evaluate, but not to resume.
     fixed = ("classes", "n_texts", "data") if args.resume else ("classes", "n_texts")
     changed = [name for name in fixed if ckpt and ckpt[name] != about[name]]
     if changed:
@@ -409,7 +409,7 @@ def arguments(argv):
         ckpt = checkpoint.load(file)
         settings = {name: ckpt["settings"][name] for name in checkpoint.SETTINGS}
         parser.set_defaults(**settings, out=file)
-        args = parser.parse_args(argv)  # what now differs from the settings was typed
+        args = parser.parse_args(argv)  # again: what now differs from the settings was typed
     has_moved = os.path.isabs(args.task) and os.path.isabs(settings.get("task", ""))  # own folders
     may_change = {"data_dir": True, "task": has_moved, "dtype": bool(args.eval_only)}
     for name, value in settings.items():
@@ -488,7 +488,7 @@ def settle(args, device):
     if args.regression and not os.path.isabs(args.task):
         raise ValueError(f"--regression is for your own data, --task is {args.task}")
     if IS_MASTER and not args.eval_only:
-        # A file that exists is replaced only if it begins like torch.save's, or like a history.
+        # A file that exists is replaced only if these bytes, torch.save's or a history's, begin it.
         check_outputs({"--out": (args.out, b"data.pkl"), "--history": (args.history, b'{"epoch"')})
         if args.out.exists() and not args.resume:
             print(f"{args.out} will be replaced after the first epoch")
@@ -522,11 +522,11 @@ def prepare(model, args, device):
     """forward(*inputs) that gives the model's logits fast; changes the model in place.
 
     float32                  the model as it is; on CUDA with_summed_weights
-    bfloat16                 with_summed_weights; frozen weights become bfloat16, except W0's
+    bfloat16                 with_summed_weights (W0 stays float32); other frozen weights bfloat16
     bfloat16, --method full  autocast, since everything trains
     """
     bfloat16 = args.dtype == "bfloat16"
-    if device.type == "cuda":  # TF32 for the head, all else being bfloat16
+    if device.type == "cuda":  # TF32 for what float32 products there are next to bfloat16: the head
         torch.set_float32_matmul_precision("high" if bfloat16 else "highest")
     if bfloat16 and args.method == "full":
         def forward(*inputs):
@@ -559,7 +559,7 @@ def stacks_of(model, dtype):
     for (_, conversion), layers in groups.items():
         W0, M = torch.stack([layer.weight.detach() for layer in layers]), None
         for layer, weight in zip(layers, W0):
-            layer.weight.data = weight
+            layer.weight.data = weight  # so that W0 is not held twice
         if conversion and layers[0].M is not None:
             M = torch.stack([layer.M.detach() for layer in layers]).to(dtype)
         stacks.append((layers, W0, conversion, M))
@@ -570,9 +570,9 @@ def with_summed_weights(model, dtype):
     """forward(*inputs) in which an adapted layer computes x (W0 + dW)^T: one product, not three.
 
     The thin products with A and B are memory-bound on a GPU. Here a few products give every layer's
-    B A, in `dtype`. W0 + dW is summed in float32 and rounded once, so that even an update too small
-    for `dtype` changes some entries, those about to round up or down. Layers have the sum as
-    `merged` during the call; gradients reach A and B through it.
+    B A, in `dtype`. W0 + dW is summed in float32, then rounded. (Added to a bfloat16 W0, an update
+    below half its last digit would change nothing; so it changes the entries near a boundary.)
+    Layers have the sum as `merged` during the call; gradients reach A and B through it.
     """
     stacks = stacks_of(model, dtype)
 
@@ -604,7 +604,7 @@ class Recorded:
 
     def __init__(self, step):
         self.step, self.seen, self.graphs = step, set(), {}
-        self.pool = torch.cuda.graph_pool_handle()  # memory that all graphs share
+        self.pool = torch.cuda.graph_pool_handle()  # all graphs' memory: they run one at a time
 
     def __call__(self, rows, width, padded):
         shape = len(rows), width, padded

@@ -453,7 +453,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_reason_named(tmp_path):
     with pytest.raises(ValueError, match="head.dense.bias is missing, in the model"):
         load_adapter(with_head, file)
     torch.save(encoder().state_dict(), file)
-    with pytest.raises(ValueError, match="it is of another kind .KeyError"):
+    with pytest.raises(ValueError, match="reading it failed .KeyError"):
         load_adapter(encoder(), file)
     with pytest.raises(ValueError, match="holds no adapter.*IsADirectoryError"):
         load_adapter(encoder(), tmp_path)
@@ -535,8 +535,14 @@ def test_a_weight_that_is_not_the_layers_own_to_read_is_refused():
         adapt(fast, targets="linear1", rank=2)
 
 
-def test_adapters_are_float32_whatever_the_models_dtype():
+@pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])
+def test_adapters_are_float32_whatever_the_models_and_the_default_dtype(default):
     for method in ("lora", "condlora"):
-        model = adapt(encoder().bfloat16(), method)
+        model = encoder().bfloat16()
+        torch.set_default_dtype(default)
+        try:
+            adapt(model, method)
+        finally:
+            torch.set_default_dtype(torch.float32)
         assert {p.dtype for p in adapter_parameters(model)} == {torch.float32}
         assert model(IDS).dtype == torch.bfloat16
