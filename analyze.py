@@ -164,7 +164,7 @@ def similarity_maps(matrices, A, i, j, side):
 
     matrices is {"A": A^T, "B": B} or {"A": C_A, "B": C_B}; BA is B A, or C_BA = C_B A.
 
-    By default (left, i = j = r) A and B are left: all of BA's left vectors span what all of B's do.
+    By default only A and B remain: with i = j = r, BA's left vectors span what B's do.
     """
     vectors = {name: singular_vectors(matrices[name], side) for name in "AB"}
     left, S, right = thin_svd(matrices["B"], A)
@@ -286,7 +286,7 @@ def analyze(targets, others, i, j, side):
     """Every number that is printed, as JSON takes it: {"similarity": {"query": ...}, ...}"""
     result = {"layers": next(iter(targets.values())).numbers}
     for name, target in targets.items():
-        # Infinity, a singular W0's, is not JSON: the largest number stands for it.
+        # A singular W0's is infinity, which JSON lacks: the largest number stands for it.
         tables = {"condition": target.condition.nan_to_num().tolist(),
                   "least_squares": [number for number, is_exact
                                     in zip(target.numbers, target.is_exact) if not is_exact],

@@ -36,9 +36,9 @@ def convert(M, theta_A, theta_B):
     M = M.to(theta_A.dtype)
     B = M @ theta_B.T
     if M.shape[-2] == M.shape[-1]:
-        A = (M @ theta_A.T).mT
+        A = (M @ theta_A.T).mT  # the paper's formula
     else:
-        A = (M.mT @ theta_A.T).mT  # our choice: A needs d_in columns, and M has d_out rows
+        A = (M.mT @ theta_A.T).mT  # ours, where the paper's does not fit A (r, d_in)
     return A, B
 
 
@@ -62,7 +62,7 @@ class AdaptedLinear(nn.Linear):
     """
 
     def start(self, settings):
-        self.settings = settings  # adapt's arguments, for save_adapter
+        self.settings = settings  # adapt's arguments
         self.scale = settings["alpha"] / settings["rank"]
         # W0 + dW, or None: merge and train.py's with_summed_weights set it, for forward to use.
         self.register_buffer("merged", None, persistent=False)
@@ -76,7 +76,7 @@ class AdaptedLinear(nn.Linear):
 
     def delta(self):
         """dW = s B A, (d_out, d_in), in float32 or wider: bfloat16 would lose small updates."""
-        with torch.autocast(self.weight.device.type, enabled=False):  # or it would be narrowed
+        with torch.autocast(self.weight.device.type, enabled=False):  # which would narrow it
             A, B = self.factors()
             wide = torch.promote_types(A.dtype, torch.float32)
             return self.scale * B.to(wide) @ A.to(wide)
@@ -193,7 +193,7 @@ def save_adapter(model, file):
     """Write the adapter, each theta once, and every other parameter that requires a gradient.
 
     The file also holds adapt's arguments, whose seed redraws "random"'s matrices, and the layers'
-    names. Raises ValueError without an adapter, if settings differ, or if a Conversion is lost.
+    names. Raises ValueError without an adapter, or if layers' settings differ.
     """
     weights = {name: p.detach().cpu().clone() for name, p in trained_tensors(model).items()}
     torch.save({"settings": settings_of(model), "layers": list(adapted_layers(model)),
@@ -219,7 +219,7 @@ def load_adapter(model, file):
         for name in ["method", "rank", "alpha", "layers", *seed]:  # layers tell the targets
             refuse(theirs[name] != ours[name],
                    f"{name} is {theirs[name]!s:.80}, in the model {ours[name]!s:.80}")
-        # All that trains in the model must be in the file; what is frozen (a head) may be there.
+        # The file must have all that trains in the model, and may have what is frozen (a head).
         in_file = {name: p for name, p in model.named_parameters() if name in weights}
         copy_tensors(weights, trained_tensors(model) | in_file)
     except FileNotFoundError:
@@ -259,9 +259,9 @@ def settings_of(model):
 
 def adapter_parameters(model):
     """The adapter's parameters, each theta once; ValueError if a Conversion's owner was removed."""
-    present, parameters = {None, *model.modules()}, []
+    present, parameters = {None, *model.modules()}, []  # None: LoRA has no Conversion
     for name, layer in adapted_layers(model).items():
-        conversion = getattr(layer, "conversion", None)  # None in LoRA
+        conversion = getattr(layer, "conversion", None)
         refuse(conversion not in present, f"the layer that holds {name}'s thetas was removed from "
                f"the model: keep the first layer of each target and shape")
         # "A" and "B"; or an owner's "conversion.theta_A" and "conversion.theta_B".
@@ -281,7 +281,7 @@ def target_of(name, targets):
 
 
 def find_linears(model, method, targets, rank, alpha):
-    """{name: nn.Linear} to adapt. ValueError if it is a subclass, which may compute otherwise."""
+    """{name: nn.Linear} to adapt. ValueError if an argument, or a layer that is found, is wrong."""
     refuse(method not in METHODS, f"method is {method!r}: use {', '.join(METHODS)}")
     refuse(not 0 < alpha < math.inf, f"alpha is {alpha}: it must be a positive number")
     refuse(not targets, "targets is empty: name the linear layers to adapt")

@@ -29,7 +29,7 @@ class Config:
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
     intermediate_size: int = 3072
-    # In RoBERTa and MPNet this includes pad_token_id + 1 that only padding has.
+    # In RoBERTa and MPNet the first pad_token_id + 1 hold no token: see Embeddings.forward.
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     pad_token_id: int = 0
@@ -203,7 +203,7 @@ class Transformer(nn.Module):
             return last(x, x, mask)
         if mask is not None:
             mask = mask[:, :, :1]  # (B, 1, 1, T) as it is, or the first query's (..., nh, 1, T)
-        # A copy: backward would keep all of a slice's storage.
+        # Contiguous: backward would keep all of a slice's storage.
         return last(x[:, :1].contiguous(), x, mask)
 
     def score_mask(self, T, attention_mask, x):

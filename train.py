@@ -48,13 +48,12 @@ HIDE_BAR = None if IS_MASTER else True  # tqdm: None hides a bar unless it is on
 
 # Defaults, chosen on the validation sets of the toy task and of GLUE. "full" is full fine-tuning,
 # "head" trains nothing but the head.
-TOY = {"epochs": 14, "batch_size": 32,
-       "lr": dict.fromkeys(METHODS, 5e-3) | {"lora": 4e-3, "full": 1e-3, "head": 1e-2}}
-GLUE = {"epochs": 20, "batch_size": 16,
-        "lr": dict.fromkeys(METHODS, 1e-3) | {"full": 3e-5, "head": 2e-3}}
-COUNT = 1, 10 ** 9
+TOY_DEFAULTS = {"epochs": 14, "batch_size": 32,
+                "lr": dict.fromkeys(METHODS, 5e-3) | {"lora": 4e-3, "full": 1e-3, "head": 1e-2}}
+GLUE_DEFAULTS = {"epochs": 20, "batch_size": 16,
+                 "lr": dict.fromkeys(METHODS, 1e-3) | {"full": 3e-5, "head": 2e-3}}
 LIMITS = {  # of options: from, to
-    "rank": COUNT, "epochs": COUNT, "batch_size": COUNT, "max_len": COUNT, "pretrain_steps": COUNT,
+    **dict.fromkeys(("rank", "epochs", "batch_size", "max_len", "pretrain_steps"), (1, 10 ** 9)),
     "patience": (0, 10 ** 9), "seed": (0, 2 ** 32 - 1), "warmup": (0, 1), "alpha": (1e-30, 1e30),
     "lr": (1e-30, 1e30), "weight_decay": (0, 1e30), "grad_clip": (0, 1e30),
 }
@@ -135,7 +134,7 @@ def make_step(forward, split, optimizer, grad_clip):
         loss = summed_loss(forward(*inputs), labels)
         optimizer.zero_grad()
         # Over the whole batch's rows: the shares' gradients add up to those of the batch's mean.
-        (loss / len(rows)).backward()
+        (loss / len(rows)).backward()  # not len(share)
         if PROCESSES > 1:
             sum_gradients(group["params"])
         if grad_clip:
@@ -162,8 +161,8 @@ def sum_over_processes(tensor):
 def make_optimizer(model, args):
     parameters = [p for p in model.parameters() if p.requires_grad]
     on_cuda = parameters[0].is_cuda
-    # A CUDA graph (Recorded, at the end) repeats Python's numbers, so the rate has to be a tensor,
-    # which AdamW takes unless foreach is on. capturable makes its count of steps a tensor as well.
+    # A CUDA graph (Recorded, at the end) replays the numbers of its recording. So the rate is a
+    # tensor, which AdamW takes without foreach; capturable keeps its count of steps on the GPU.
     lr = torch.tensor(args.lr, device=parameters[0].device)
     return torch.optim.AdamW(parameters, lr, weight_decay=args.weight_decay, foreach=False,
                              fused=on_cuda, capturable=on_cuda)
@@ -478,7 +477,7 @@ def task_name(text):
 
 def settle(args, device):
     """Fill in what the command line leaves open; raise ValueError now if it cannot be done."""
-    defaults = TOY if args.task == "toy" else GLUE
+    defaults = TOY_DEFAULTS if args.task == "toy" else GLUE_DEFAULTS
     args.lr = args.lr or defaults["lr"][args.method]
     args.epochs = args.epochs or defaults["epochs"]
     args.batch_size = args.batch_size or defaults["batch_size"]
@@ -488,7 +487,8 @@ def settle(args, device):
     if args.regression and not os.path.isabs(args.task):
         raise ValueError(f"--regression is for your own data, --task is {args.task}")
     if IS_MASTER and not args.eval_only:
-        # A file that exists is replaced only if these bytes, torch.save's or a history's, begin it.
+        # A file that exists is replaced only if these bytes, of torch.save or a history, are near
+        # its start.
         check_outputs({"--out": (args.out, b"data.pkl"), "--history": (args.history, b'{"epoch"')})
         if args.out.exists() and not args.resume:
             print(f"{args.out} will be replaced after the first epoch")
@@ -526,7 +526,7 @@ def prepare(model, args, device):
     bfloat16, --method full  autocast, since everything trains
     """
     bfloat16 = args.dtype == "bfloat16"
-    if device.type == "cuda":  # TF32 for what float32 products there are next to bfloat16: the head
+    if device.type == "cuda":  # next to bfloat16 only the head computes in float32: TF32 will do
         torch.set_float32_matmul_precision("high" if bfloat16 else "highest")
     if bfloat16 and args.method == "full":
         def forward(*inputs):
@@ -559,7 +559,7 @@ def stacks_of(model, dtype):
     for (_, conversion), layers in groups.items():
         W0, M = torch.stack([layer.weight.detach() for layer in layers]), None
         for layer, weight in zip(layers, W0):
-            layer.weight.data = weight  # so that W0 is not held twice
+            layer.weight.data = weight  # a view, which frees its own
         if conversion and layers[0].M is not None:
             M = torch.stack([layer.M.detach() for layer in layers]).to(dtype)
         stacks.append((layers, W0, conversion, M))
@@ -570,8 +570,8 @@ def with_summed_weights(model, dtype):
     """forward(*inputs) in which an adapted layer computes x (W0 + dW)^T: one product, not three.
 
     The thin products with A and B are memory-bound on a GPU. Here a few products give every layer's
-    B A, in `dtype`. W0 + dW is summed in float32, then rounded. (Added to a bfloat16 W0, an update
-    below half its last digit would change nothing; so it changes the entries near a boundary.)
+    B A, in `dtype`. W0 + dW is summed in float32, then rounded. (Added to a bfloat16 W0, a small
+    update would change nothing; rounding the sum, it moves the entries near a rounding boundary.)
     Layers have the sum as `merged` during the call; gradients reach A and B through it.
     """
     stacks = stacks_of(model, dtype)
