@@ -9,8 +9,8 @@ al. 2024, arXiv:2403.14946, section 3). Those of two layers are compared by the 
 phi of the LoRA paper (Hu et al. 2022, arXiv:2106.09685, section 7.2): 0 for orthogonal subspaces, 1
 if one contains the other.
 
-In CondLoRA C_A and C_B are the same in every layer: C_A = W0^-1 W0 theta_A^T = theta_A^T (W0 being
-square). There the question is how similar the A and B are that one theta makes from different W0.
+In CondLoRA C_A and C_B are the same in every layer: C_A = W0^-1 W0 theta_A^T = theta_A^T (if W0 is
+invertible). There the question is how similar the A and B are that thetas make from different W0.
 
             compared          control, which the paper lacks: what the W0 do by themselves
 LoRA        C_A, C_B, C_BA    untrained A and B, through the same W0^-1
@@ -65,11 +65,11 @@ def conversion_matrices(W0, A, B, inverse=None):
 
 
 def subspace_similarity(X, Y, i, j, side="left"):
-    """phi(X, Y, i, j), from 0 to 1, of two matrices (Hu et al. 2022, equation 4).
+    """phi(X, Y, i, j), from 0 to 1, of two matrices (Hu et al. 2022, equation 4), in Python.
 
     The share of the span of X's first i singular vectors that lies in that of Y's first j, or, if
     i > j, the other way round. side: "left" or "right" singular vectors. Raises ValueError if X or
-    Y has no i-th or j-th singular vector, or if their lengths differ. (The tables use phi.)
+    Y has no i-th or j-th singular vector, if their lengths differ, or if side is another.
     """
     X, Y = (torch.as_tensor(x).double() for x in (X, Y))
     if side not in ("left", "right"):
@@ -276,7 +276,7 @@ def amplification(target):
 
 
 def theta_deviation(target):
-    """How far C_A and C_B are from theta^T, relative to its largest entry, for square W0."""
+    """How far C_A and C_B are from theta^T, relative to its largest entry (invertible W0)."""
     C = target.conversions
     return max(((C[name] - theta.T).abs().max() / theta.abs().max()).item()
                for name, theta in zip("AB", target.thetas))

@@ -112,7 +112,7 @@ class CondLoRALinear(AdaptedLinear):
         self.register_buffer("random", None)
         if settings["method"] == "random":  # Gaussian, with W0's mean square
             W0 = self.weight.detach().float()
-            noise = torch.randn(W0.shape, generator=generator, device="cpu")
+            noise = torch.randn(W0.shape, generator=generator, device="cpu", dtype=torch.float32)
             self.random = noise.to(W0.device) * W0.square().mean().sqrt()
 
     @property
@@ -240,6 +240,7 @@ def copy_tensors(given, parameters):
     for name in sorted(parameters.keys() | given.keys()):
         theirs, ours = shape_in(given, name), shape_in(parameters, name)
         refuse(theirs != ours, f"{name:.60} is {theirs}, in the model {ours}")
+        refuse(not given[name].is_floating_point(), f"{name:.60} is {given[name].dtype}, not float")
     for name, parameter in parameters.items():
         parameter.requires_grad_(True).data.copy_(given[name])
 
@@ -295,9 +296,8 @@ def find_linears(model, method, targets, rank, alpha):
     for name, layer in chosen.items():
         refuse(type(layer) is not nn.Linear,
                f"{name} is a {type(layer).__name__}: only plain nn.Linear layers can be adapted")
-        parent = modules[name.rpartition(".")[0]]
-        refuse(isinstance(parent, nn.TransformerEncoderLayer), f"{name} is part of an "
-               f"nn.TransformerEncoderLayer, whose fast path in eval mode ignores the adapter")
+        refuse(isinstance(modules[name.rpartition(".")[0]], nn.TransformerEncoderLayer),
+               f"{name}: nn.TransformerEncoderLayer's fast path in eval mode ignores the adapter")
         # spectral_norm makes "weight" another attribute, accelerate replaces "forward".
         refuse("weight" not in layer._parameters or "forward" in vars(layer),
                f"{name} has a hook (spectral_norm's, accelerate's): remove that first")

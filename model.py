@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 @dataclass
 class Config:
-    """Sizes and settings, named as in Hugging Face's config.json; the defaults are BERT-base's."""
+    """Sizes and settings, BERT-base's by default; all but n_out are named as in config.json."""
 
     model_type: str = "bert"  # or "roberta" or "mpnet"
     vocab_size: int = 30522

@@ -230,7 +230,8 @@ def load_task(args, ckpt):
     """({"train", "validation", "test": Split(texts, labels)}, metrics(predictions, labels), about)
 
     A text is a tuple of one or two sentences. Of GLUE, validation is a tenth of train.tsv, and test
-    is dev.tsv. `about` has a checkpoint's entries on the data: ValueError if `ckpt` has others.
+    is dev.tsv, if there is one (MNLI has two). `about` has a checkpoint's entries on the data:
+    ValueError if `ckpt` has others.
     """
     file = args.resume or args.eval_only
     with reading(file):  # errors name it, if there is one
@@ -409,17 +410,17 @@ def arguments(argv):
         settings = {name: ckpt["settings"][name] for name in checkpoint.SETTINGS}
         parser.set_defaults(**settings, out=file)
         args = parser.parse_args(argv)  # again: what now differs from the settings was typed
+    with reading(file):  # errors name it, if there is one
+        for name, (low, high) in LIMITS.items():
+            value = getattr(args, name)
+            if value is not None and not low <= value <= high:
+                raise ValueError(f"--{name} is {value}, which is not from {low} to {high}")
     has_moved = os.path.isabs(args.task) and os.path.isabs(settings.get("task", ""))  # own folders
     may_change = {"data_dir": True, "task": has_moved, "dtype": bool(args.eval_only)}
     for name, value in settings.items():
         if getattr(args, name) != value and not may_change.get(name, False):
             raise ValueError(f"--{name} {getattr(args, name)} contradicts {file}, trained with "
                              f"{value}: leave it out")
-    with reading(file):  # errors name it, if there is one
-        for name, (low, high) in LIMITS.items():
-            value = getattr(args, name)
-            if value is not None and not low <= value <= high:
-                raise ValueError(f"--{name} is {value}, which is not from {low} to {high}")
     return args, ckpt
 
 
@@ -487,8 +488,7 @@ def settle(args, device):
     if args.regression and not os.path.isabs(args.task):
         raise ValueError(f"--regression is for your own data, --task is {args.task}")
     if IS_MASTER and not args.eval_only:
-        # A file that exists is replaced only if these bytes, of torch.save or a history, are near
-        # its start.
+        # A file is replaced only if these bytes, torch.save's or a history's, are near its start.
         check_outputs({"--out": (args.out, b"data.pkl"), "--history": (args.history, b'{"epoch"')})
         if args.out.exists() and not args.resume:
             print(f"{args.out} will be replaced after the first epoch")
@@ -594,7 +594,7 @@ def with_summed_weights(model, dtype):
 
 
 class Recorded:
-    """Calls step(rows, width, padded), on CUDA, by replaying a CUDA graph for each shape of batch.
+    """Calls step(rows, width, padded) on CUDA, in the end by replaying a graph for each shape.
 
     A small batch's thousand kernels take longer to launch than to run. A graph holds those of the
     whole step, from the forward pass to AdamW's, and launches them at once. It reads and writes the

@@ -53,7 +53,10 @@ def load(file):
         for name, kind in FORMAT.items():
             if not fits(checkpoint, {name: kind}):
                 raise ValueError(f"not a checkpoint of train.py: {name!r} is missing or damaged")
-        if not all(epoch["validation"] and epoch["seconds"] > 0 for epoch in checkpoint["history"]):
+        history, best = checkpoint["history"], checkpoint["best_epoch"]
+        if ([epoch["epoch"] for epoch in history] != [*range(1, len(history) + 1)]
+                or not 1 <= best <= len(history)
+                or not all(epoch["validation"] and epoch["seconds"] > 0 for epoch in history)):
             raise ValueError("its history is damaged")
     return checkpoint
 
@@ -61,7 +64,7 @@ def load(file):
 def fits(value, kind):
     """Whether a value is of a kind: a type, (texts), [of each], {name: its} or {type: its}."""
     if isinstance(kind, type):
-        return type(value) is kind
+        return type(value) is kind and (kind is not Tensor or value.layout is torch.strided)
     if isinstance(kind, tuple):
         return type(value) is str and value in kind
     if isinstance(kind, list):
@@ -96,7 +99,8 @@ def restore_last_epoch(checkpoint, model, optimizer):
     copy_tensors(checkpoint["last"], trained_tensors(model))
     [group], state = optimizer.param_groups, checkpoint["optimizer"]
     for i, p in enumerate(group["params"]):
-        shapes = {name: x.shape for name, x in state[i].items() if x.is_floating_point()}
-        if shapes != {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}:
+        shapes = {name: x.shape for name, x in state.get(i, {}).items()}
+        expected = {"step": (), "exp_avg": p.shape, "exp_avg_sq": p.shape}
+        if shapes != expected or state[i]["step"] < 0:
             raise ValueError("its optimizer's state does not fit the model")
     optimizer.load_state_dict(optimizer.state_dict() | {"state": state})

@@ -91,8 +91,8 @@ def check_outputs(outputs):
                 reason = "it is another kind of file, or part of a model's folder"
             partial_of(file).write_bytes(b"")
             partial_of(file).unlink()
-        except OSError as error:
-            reason = error.strerror
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", error)
         if reason:
             raise ValueError(f"{option} {str(file)[:150]} cannot be written: {reason}")
 

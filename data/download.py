@@ -3,8 +3,8 @@
     python data/download.py rte cola        # GLUE: cola sst2 mrpc stsb qqp mnli qnli rte wnli
     python data/download.py roberta-base    # or owner/name: RoBERTa, BERT or MPNet on Hugging Face
 
-What exists is not fetched again. Models come from huggingface.co, or from $HF_ENDPOINT. GLUE's MRPC
-is put together from SentEval's copy of its sentences and GLUE's list of the pairs in its dev set.
+What exists is not fetched again. Models come from huggingface.co, or from $HF_ENDPOINT. MRPC is put
+together from SentEval's copy of its sentences and GLUE's list of the pairs in its dev set.
 """
 
 import http.client
@@ -41,7 +41,7 @@ def get(name, data=DATA):
     else:
         raise ValueError(f"{name!r:.100} is neither a GLUE task ({', '.join(glue.TASKS)}) "
                          f"nor the name of a model")
-    if not folder.exists():
+    if not folder.is_dir():
         folder.parent.mkdir(parents=True, exist_ok=True)
         # A folder next to it is filled, and renamed when it is complete.
         with tempfile.TemporaryDirectory(".part", f".{folder.name}.", folder.parent) as partial:
@@ -59,8 +59,9 @@ def hub_model(name, folder):
     found = {file for file in tokenizer.FILES if fetch(f"{base}/{file}", folder, needed=False)}
     if not found & {"tokenizer.json", "vocab.txt"} and not found >= {"vocab.json", "merges.txt"}:
         raise OSError(f"{name} has no tokenizer.json, vocab.txt, or vocab.json with merges.txt")
-    any(fetch(f"{base}/{file}", folder, needed=False) for file in pretrained.WEIGHTS)  # one of them
-    pretrained.weights_file(folder)  # or it raises FileNotFoundError
+    if not any(fetch(f"{base}/{file}", folder, needed=False) for file in pretrained.WEIGHTS):
+        raise OSError(f"{name} has neither {' nor '.join(pretrained.WEIGHTS)}, or does not give it "
+                      f"to everyone; sharded weights are not supported")
 
 
 def glue_task(task, folder):

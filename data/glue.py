@@ -154,10 +154,7 @@ TASKS = {
 
 
 def own_task(folder, regression=False):
-    """The Task of a folder with train.tsv and perhaps dev.tsv, the test.
-
-    Line 1 names the columns: text (or text1, text2) and label, a class, or a number (`regression`).
-    """
+    """The Task of a folder's train.tsv and dev.tsv, if any: text (or text1, text2) and label."""
     folder = Path(folder).resolve()
     file = folder / "train.tsv"
     with reading(file):

@@ -69,6 +69,7 @@ def load(path, n_out=2):
         d, layer = config.hidden_size, 4 * config.hidden_size + 2 * config.intermediate_size
         rows = config.vocab_size + config.max_position_embeddings + config.type_vocab_size
         weights = d * (rows + config.num_hidden_layers * layer)
+        weights += config.max_len ** 2 * (config.model_type == "mpnet")  # its buckets
         if weights > file.stat().st_size:  # before anything of that size is allocated
             raise ValueError(f"config.json asks for {weights:,} weights or more, the file has only "
                              f"{file.stat().st_size:,} bytes")
@@ -84,11 +85,7 @@ def load(path, n_out=2):
             key = hf_name(f"head.{name}", kind)
             if key not in given or given[key].shape != p.shape:
                 del parameters[key]
-        given = {key: given[key] for key in parameters if key in given}
-        for key, tensor in given.items():
-            if not tensor.is_floating_point():
-                raise ValueError(f"{key} is {tensor.dtype}: quantized weights are not supported")
-        copy_tensors(given, parameters)
+        copy_tensors({key: given[key] for key in parameters if key in given}, parameters)
     return model
 
 

@@ -410,6 +410,19 @@ def test_tied_layers_use_one_a_and_b_which_the_identity_in_w0s_place_gives():
     assert torch.equal(A, by_identity[0]) and torch.equal(B, by_identity[1])
 
 
+def test_randoms_matrices_are_the_same_under_any_default_dtype():
+    W0s = []
+    for default in (torch.float32, torch.float64, torch.bfloat16):
+        model = encoder()
+        torch.set_default_dtype(default)
+        try:
+            layers = adapted_layers(adapt(model, "random")).values()
+        finally:
+            torch.set_default_dtype(torch.float32)
+        W0s.append(torch.stack([layer.M for layer in layers]))
+    assert W0s[0].dtype == torch.float32 and all(torch.equal(x, W0s[0]) for x in W0s)
+
+
 def test_randoms_matrices_differ_by_layer_and_seed_and_have_w0s_mean_square():
     layers, again, other = (list(adapted_layers(adapt(encoder(d=64), "random", seed=s)).values())
                             for s in (1, 1, 2))
@@ -530,7 +543,7 @@ def test_a_weight_that_is_not_the_layers_own_to_read_is_refused():
         adapt(whole, targets="query", rank=2)
     fast = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
     with pytest.raises(
-        ValueError, match="layers.0.linear1 is part of an nn.TransformerEncoderLayer"
+        ValueError, match="layers.0.linear1: nn.TransformerEncoderLayer's fast"
     ):
         adapt(fast, targets="linear1", rank=2)
 

@@ -125,6 +125,8 @@ def test_model_safetensors_is_preferred_to_pytorch_model_bin(server, tmp_path):
     ("b", hub("b", "bert", "model.safetensors"), "b has no tokenizer.json, vocab.txt, or"),
     ("b", hub("b", "roberta", "vocab.json", "model.safetensors"), "b has no tokenizer.json"),
     ("b", hub("b", "bert", "vocab.txt"), "has neither model.safetensors nor pytorch_model.bin"),
+    ("b", hub("b", "bert", "vocab.txt") | {"/b/resolve/main/model.safetensors": 403},
+     "b has neither .*, or does not give it to everyone"),
     ("b", hub("b", "bert", "vocab.txt") | {"/b/resolve/main/model.safetensors": (b"w" * 50, 90)},
      "model.safetensors: .*got only 50 out of 90 bytes"),
     ("../b", {}, "neither a GLUE task"),
