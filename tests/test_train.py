@@ -549,6 +549,7 @@ def test_a_rank_that_cannot_be_is_said_before_the_toy_encoder_is_pretrained(monk
         (lambda c: c.pop("encoder"), "'encoder' is missing or damaged"),
     ],
 )
+@pytest.mark.filterwarnings("ignore:Sparse")
 def test_a_checkpoint_that_is_wrong_inside_is_refused_in_one_line(little, capsys, change, words):
     run([*little, "--out", "good.pt"], capsys)
     ckpt = torch.load("good.pt", weights_only=True)
