@@ -22,8 +22,8 @@ token only. MPNet's position bias costs 8%, once it is contiguous: without that,
 falls back to its slowest kernel and the step takes 1.65 to 1.9 times RoBERTa's. The deterministic
 mode costs 2%, 6% where padded.
 
-On two CPU cores, batches of 16 of RTE with all-MiniLM-L6-v2, by turns: transformers + PEFT 367 ms,
-LoRA 301, CondLoRA 317, ratios 1.20 and 1.16. There the layers keep their thin products, since a CPU
+On two CPU cores, batches of 16 of RTE with all-MiniLM-L6-v2, by turns: transformers + PEFT 353 ms,
+LoRA 307, CondLoRA 302, ratios 1.19 and 1.19. There the layers keep their thin products, since a CPU
 is bound by arithmetic. The analysis takes 7 ms for phi of the 66 pairs of 12 layers of 768 x 768;
 decomposing both matrices again for every pair takes 9.6 s.
 """
