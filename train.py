@@ -571,7 +571,7 @@ def with_summed_weights(model, dtype):
 
     The thin products with A and B are memory-bound on a GPU. Here a few products give every layer's
     B A, in `dtype`. W0 + dW is summed in float32, then rounded. (Added to a bfloat16 W0, a small
-    update would change nothing; rounding the sum, it moves the entries near a rounding boundary.)
+    update would be lost. This way it changes those entries that are near a rounding boundary.)
     Layers have the sum as `merged` during the call; gradients reach A and B through it.
     """
     stacks = stacks_of(model, dtype)
