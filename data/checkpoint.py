@@ -52,7 +52,7 @@ def load(file):
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         for name, kind in FORMAT.items():
             if not fits(checkpoint, {name: kind}):
-                raise ValueError(f"not a checkpoint of this train.py: {name!r} is missing or damaged")
+                raise ValueError(f"no checkpoint of this train.py: {name!r} is missing or damaged")
         history, best = checkpoint["history"], checkpoint["best_epoch"]
         if ([epoch["epoch"] for epoch in history] != [*range(1, len(history) + 1)]
                 or not 1 <= best <= len(history)
