@@ -65,11 +65,11 @@ def conversion_matrices(W0, A, B, inverse=None):
 
 
 def subspace_similarity(X, Y, i, j, side="left"):
-    """phi(X, Y, i, j), from 0 to 1, of two matrices (Hu et al. 2022, equation 4), in Python.
+    """phi(X, Y, i, j), from 0 to 1, of two matrices (Hu et al. 2022, equation 4); tables use `phi`.
 
     The share of the span of X's first i singular vectors that lies in that of Y's first j, or, if
     i > j, the other way round. side: "left" or "right" singular vectors. Raises ValueError if X or
-    Y has no i-th or j-th singular vector, if their lengths differ, or if side is another.
+    Y has no i-th or j-th singular vector, if their vectors' lengths differ, or for another side.
     """
     X, Y = (torch.as_tensor(x).double() for x in (X, Y))
     if side not in ("left", "right"):

@@ -432,11 +432,11 @@ def make_parser():
         "perhaps dev.tsv, whose first line is text (or text1, text2) and label")
     add("--regression", action="store_true", help="your own data's labels are numbers, not classes")
     add("--method", default="condlora", choices=(*METHODS, "full", "head"),
-        help="what trains with the head: lora, condlora, or its controls tied (one A and B for all "
-        "layers) and random (random matrices for W0); every weight (full); or nothing (head)")
+        help="what trains with the head: lora; condlora, the default; its controls tied (one A and "
+        "B for all layers) and random (random matrices for W0); all weights (full); nothing (head)")
     add("--init_from", help="pretrained encoder: a folder, or a name under data/models; default: "
         "the toy encoder, or roberta-base")
-    add("--data_dir", default=str(DATA / "glue"), type=os.path.abspath, help="GLUE's; data/glue")
+    add("--data_dir", default=str(DATA / "glue"), type=os.path.abspath, help="default: data/glue")
     add("--rank", type=int, default=8, help="r, the adapter's rank; default: 8")
     add("--alpha", type=float, default=8.0, help="dW is scaled by alpha / rank; default: 8")
     add("--targets", nargs="+", default=["query", "value"],
@@ -445,9 +445,9 @@ def make_parser():
     add("--epochs", type=int, help="default: toy 14, GLUE 20")
     add("--batch_size", type=int, help="default: toy 32, GLUE 16")
     add("--max_len", type=int, default=128, help="longest input, in tokens; default: 128")
-    add("--warmup", type=float, default=0.1, help="share of the steps in which the rate rises")
+    add("--warmup", type=float, default=0.1, help="share of steps in which lr rises; default: 0.1")
     add("--weight_decay", type=float, default=0.1, help="AdamW's; default: 0.1")
-    add("--grad_clip", type=float, default=1.0, help="largest norm of the gradient, 0: no limit")
+    add("--grad_clip", type=float, default=1.0, help="largest gradient norm, 0: any; default: 1")
     add("--patience", type=int, default=0, help="stop after so many epochs without gain; 0: never")
     add("--seed", type=int, default=0, help="same seed, same results (not on mps); default: 0")
     add("--device", help="cuda, cpu or mps; default: the best available")
@@ -464,7 +464,7 @@ def make_parser():
                          help="report this checkpoint's scores instead of training")
     use = parser.add_mutually_exclusive_group()
     use.add_argument("--predict", metavar="FILE", help="with --eval_only: print a label and its "
-                     "probability for each line of a file, or of - (standard input)")
+                     "probability for each line of a file or - (standard input); tabs separate texts")
     use.add_argument("--export", type=Path, metavar="FOLDER",
                      help="with --eval_only: write the adapter and the head as PEFT reads them")
     return parser
@@ -559,7 +559,7 @@ def stacks_of(model, dtype):
     for (_, conversion), layers in groups.items():
         W0, M = torch.stack([layer.weight.detach() for layer in layers]), None
         for layer, weight in zip(layers, W0):
-            layer.weight.data = weight  # a view, which frees its own
+            layer.weight.data = weight  # a view of W0: its own memory is freed
         if conversion and layers[0].M is not None:
             M = torch.stack([layer.M.detach() for layer in layers]).to(dtype)
         stacks.append((layers, W0, conversion, M))
@@ -599,7 +599,7 @@ class Recorded:
     A small batch's thousand kernels take longer to launch than to run. A graph holds those of the
     whole step, from the forward pass to AdamW's, and launches them at once. It reads and writes the
     same memory each time: the parameters, AdamW's state, the learning rate, and a tensor of row
-    numbers, which is filled before. Dropout still differs from replay to replay.
+    numbers, which is filled before each replay. Dropout still differs from replay to replay.
     """
 
     def __init__(self, step):
