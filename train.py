@@ -463,8 +463,8 @@ def make_parser():
     earlier.add_argument("--eval_only", type=Path, metavar="CKPT",
                          help="report this checkpoint's scores instead of training")
     use = parser.add_mutually_exclusive_group()
-    use.add_argument("--predict", metavar="FILE", help="with --eval_only: print a label and its "
-                     "probability for each line of a file or - (standard input); tabs separate texts")
+    use.add_argument("--predict", metavar="FILE", help="with --eval_only: label and probability for "
+                     "each line of a file, or of - (standard input); a tab separates two texts")
     use.add_argument("--export", type=Path, metavar="FOLDER",
                      help="with --eval_only: write the adapter and the head as PEFT reads them")
     return parser
