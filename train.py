@@ -436,7 +436,7 @@ def make_parser():
         "B for all layers) and random (random matrices for W0); all weights (full); nothing (head)")
     add("--init_from", help="pretrained encoder: a folder, or a name under data/models; default: "
         "the toy encoder, or roberta-base")
-    add("--data_dir", default=str(DATA / "glue"), type=os.path.abspath, help="default: data/glue")
+    add("--data_dir", default=str(DATA / "glue"), type=os.path.abspath, help="GLUE's tasks' folder")
     add("--rank", type=int, default=8, help="r, the adapter's rank; default: 8")
     add("--alpha", type=float, default=8.0, help="dW is scaled by alpha / rank; default: 8")
     add("--targets", nargs="+", default=["query", "value"],
@@ -463,8 +463,8 @@ def make_parser():
     earlier.add_argument("--eval_only", type=Path, metavar="CKPT",
                          help="report this checkpoint's scores instead of training")
     use = parser.add_mutually_exclusive_group()
-    use.add_argument("--predict", metavar="FILE", help="with --eval_only: label and probability for "
-                     "each line of a file, or of - (standard input); a tab separates two texts")
+    use.add_argument("--predict", metavar="FILE", help="with --eval_only: label and probability "
+                     "for each line of a file, or of - (standard input); a tab separates two texts")
     use.add_argument("--export", type=Path, metavar="FOLDER",
                      help="with --eval_only: write the adapter and the head as PEFT reads them")
     return parser
