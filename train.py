@@ -436,7 +436,7 @@ def make_parser():
         "B for all layers) and random (random matrices for W0); all weights (full); nothing (head)")
     add("--init_from", help="pretrained encoder: a folder, or a name under data/models; default: "
         "the toy encoder, or roberta-base")
-    add("--data_dir", default=str(DATA / "glue"), type=os.path.abspath, help="GLUE's tasks' folder")
+    add("--data_dir", default=f"{DATA}/glue", type=os.path.abspath, help="GLUE; default: data/glue")
     add("--rank", type=int, default=8, help="r, the adapter's rank; default: 8")
     add("--alpha", type=float, default=8.0, help="dW is scaled by alpha / rank; default: 8")
     add("--targets", nargs="+", default=["query", "value"],
